@@ -62,7 +62,7 @@ class Buffer {
   Free free_ = nullptr;
 };
 
-// Thread-compatible: one rank's thread uses it. Outlives its streams and buffers.
+// Thread-compatible: one rank's thread uses it. Outlives its streams; a Buffer may outlive it.
 class Device {
  public:
   virtual ~Device() = default;
@@ -86,11 +86,19 @@ struct DeviceOptions {
   int cpu_threads = 0;       // 0: one per core that this process may use
 };
 
+// What the hardware reaches with plain loops, all of it together: the limits that benchmarks divide by.
+struct MachineRates {
+  double read_bytes_per_s = 0;  // reading memory that no cache holds
+  double flops_per_s = 0;       // F32 fused multiply-adds (two FLOPs each) on registers
+};
+
 // Makes the devices of the ranks that live in this process. Outlives them. Thread-safe.
 class DeviceFactory {
  public:
   virtual ~DeviceFactory() = default;
   virtual absl::StatusOr<std::unique_ptr<Device>> CreateDevice(int local_index) = 0;
+  // Measures for about two seconds. Nothing else should run.
+  virtual MachineRates MeasureRates() = 0;
 };
 
 // INVALID_ARGUMENT names the kinds that this binary has. Implemented by the backend that is linked (backend_*.cc).

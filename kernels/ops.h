@@ -79,9 +79,9 @@ struct ExpertMlpArgs {
 // Where each (token, choice) goes. Destination slots are given in token order, then choice order, so that they depend
 // on the batch's order only: slot = base[e] + (number of earlier choices of expert e in this call).
 struct AssignSlotsArgs {
-  Tensor experts;                 // I32 [num_tokens, top_k] expert ids
-  const int64_t* base = nullptr;  // [num_experts] first row of each expert in the send buffer; null: rows are packed
-                                  // expert after expert in `order` (contiguous layout)
+  Tensor experts;                  // I32 [num_tokens, top_k] expert ids
+  const int64_t* base = nullptr;   // [num_experts] first row of each expert in the send buffer; null: rows are packed
+                                   // expert after expert in `order` (contiguous layout)
   const int32_t* order = nullptr;  // [num_experts] expert ids in the send buffer's order, used when base is null
   int num_experts = 0;
   Tensor slots;               // I32 [num_tokens, top_k] row of the send buffer

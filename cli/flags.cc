@@ -1,0 +1,103 @@
+#include "cli/flags.h"
+
+#include <unistd.h>
+
+#include <cstdio>
+#include <utility>
+
+#include "base/clock.h"
+#include "base/status.h"
+#include "engine/model/config.h"
+#include "spdlog/spdlog.h"
+
+namespace soloist::cli {
+namespace {
+
+// One line that is rewritten: "loading  12.3 of 23.4 MB  [#####.....]  1.20 GB/s".
+class ProgressBar {
+ public:
+  void Show(int64_t loaded, int64_t total) {
+    const bool terminal = isatty(STDERR_FILENO) != 0;
+    const double share = total > 0 ? static_cast<double>(loaded) / static_cast<double>(total) : 1;
+    const double seconds = static_cast<double>(Clock::Real().NowNs() - start_ns_) * 1e-9;
+    const double rate = seconds > 0 ? static_cast<double>(loaded) / seconds * 1e-9 : 0;
+    if (terminal) {
+      std::string bar(static_cast<size_t>(share * 30), '#');
+      bar.resize(30, '.');
+      fmt::print(stderr, "\rloading  {:.1f} of {:.1f} MB  [{}]  {:.2f} GB/s {}", static_cast<double>(loaded) * 1e-6,
+                 static_cast<double>(total) * 1e-6, bar, rate, loaded == total ? "\n" : "");
+      std::fflush(stderr);
+    } else if (loaded == total) {
+      spdlog::info("loaded {:.1f} MB of weights in {:.2f} s ({:.2f} GB/s)", static_cast<double>(total) * 1e-6, seconds,
+                   rate);
+    }
+  }
+
+ private:
+  const int64_t start_ns_ = Clock::Real().NowNs();
+};
+
+}  // namespace
+
+void EngineFlags::AddTo(CLI::App& app) {
+  app.add_option("--model", engine.model_dir, "Hugging Face model folder")->required();
+  app.add_option("--ranks", engine.num_ranks, "expert-parallel ranks, 1 to the number of experts")
+      ->capture_default_str();
+  app.add_option("--device", engine.device.kind, "cpu, or cuda in a binary built with it")->capture_default_str();
+  app.add_option("--threads", engine.device.cpu_threads, "CPU threads for all ranks together; 0: one per core")
+      ->capture_default_str();
+  app.add_option("--load-format", engine.load_format, "auto: safetensors; dummy: random weights, config.json only")
+      ->check(CLI::IsMember({"auto", "dummy"}))
+      ->capture_default_str();
+  app.add_option("--dummy-seed", engine.dummy_seed, "seed of --load-format=dummy")->capture_default_str();
+  app.add_option("--max-model-len", engine.max_model_len, "longest prompt + output, tokens; 0: the model's limit")
+      ->capture_default_str();
+  app.add_option("--block-size", engine.block_size, "tokens per KV block")->capture_default_str();
+  app.add_option("--num-blocks", engine.num_blocks, "KV blocks per rank; 0: from --memory-fraction")
+      ->capture_default_str();
+  app.add_option("--memory-fraction", engine.memory_fraction, "share of the free memory for KV, all ranks together")
+      ->capture_default_str();
+  app.add_option("--kv-dtype", engine.kv_dtype, "keys and values in the cache")
+      ->check(CLI::IsMember({"f32", "bf16"}))
+      ->capture_default_str();
+  app.add_option("--max-tokens-per-step", engine.max_tokens_per_step, "token budget of a rank's step (decodes first)")
+      ->capture_default_str();
+  app.add_option("--max-sequences", engine.max_sequences, "sequences that run at once on a rank")
+      ->capture_default_str();
+  app.add_option("--max-queue", scheduler.max_queue, "requests that may wait; more are refused")->capture_default_str();
+  app.add_option("--masked-max-tokens", engine.masked_max_tokens,
+                 "dispatch with fixed capacity while no rank has more tokens in a step; above: exact counts")
+      ->capture_default_str();
+  app.add_option("--collective-timeout", collective_timeout_s, "seconds until a stuck collective is an error")
+      ->capture_default_str();
+  app.add_flag("--no-prefix-cache", no_prefix_cache, "compute every prompt from its start");
+}
+
+absl::StatusOr<Runtime> StartRuntime(EngineFlags flags) {
+  ASSIGN_OR_RETURN(const ModelConfig config, LoadModelConfig(flags.engine.model_dir));
+  ASSIGN_OR_RETURN(const GenerationDefaults defaults, LoadGenerationDefaults(flags.engine.model_dir));
+  flags.scheduler.max_tokens_per_step = flags.engine.max_tokens_per_step;
+  flags.scheduler.max_sequences = flags.engine.max_sequences;
+  flags.scheduler.prefix_cache = !flags.no_prefix_cache;
+  flags.scheduler.eos_token_ids = defaults.eos_token_ids.empty() ? config.eos_token_ids : defaults.eos_token_ids;
+  flags.engine.collective_timeout = absl::Seconds(flags.collective_timeout_s);
+  Runtime runtime;
+  ProgressBar bar;
+  ASSIGN_OR_RETURN(runtime.engine,
+                   CreateInProcessEngine(flags.engine, Clock::Real(),
+                                         [&bar](int64_t loaded, int64_t total) { bar.Show(loaded, total); }));
+  const EngineInfo& info = runtime.engine->Info();
+  spdlog::info("{} ({}) on {}: {} ranks, {} experts, {:.1f} MB of weights per rank, {} KV blocks of {} tokens per rank",
+               info.model_name, info.architecture, info.device, info.num_ranks, info.num_experts,
+               static_cast<double>(info.weight_bytes_per_rank) * 1e-6, info.limits.num_blocks, info.limits.block_size);
+  ASSIGN_OR_RETURN(runtime.loop, StepLoop::Create(flags.scheduler, *runtime.engine, Clock::Real()));
+  return runtime;
+}
+
+int Report(const absl::Status& status) {
+  if (status.ok()) return 0;
+  fmt::print(stderr, "soloist: {}\n", status.message());
+  return 1;
+}
+
+}  // namespace soloist::cli

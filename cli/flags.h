@@ -1,0 +1,51 @@
+// Flags that several subcommands share, and what they become. Only cli/ sees flags.
+#ifndef SOLOIST_CLI_FLAGS_H_
+#define SOLOIST_CLI_FLAGS_H_
+
+#include <memory>
+#include <string>
+
+#include "CLI/CLI.hpp"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "base/logging.h"
+#include "engine/engine.h"
+#include "engine/worker/in_process_engine.h"
+#include "scheduler/step_loop.h"
+#include "server/tokenizer/tokenizer.h"
+
+namespace soloist::cli {
+
+// --model, --ranks, --device, memory and scheduling.
+struct EngineFlags {
+  EngineOptions engine;
+  SchedulerOptions scheduler;
+  bool no_prefix_cache = false;
+  double collective_timeout_s = 60;
+
+  void AddTo(CLI::App& app);
+};
+
+// A loaded model ready to serve: members in the order in which they must die last to first.
+struct Runtime {
+  std::unique_ptr<Engine> engine;
+  std::unique_ptr<StepLoop> loop;
+};
+
+// Loads with a progress bar on stderr (if a terminal, else log lines), starts the step loop. eos_token_ids come from
+// the model folder.
+absl::StatusOr<Runtime> StartRuntime(EngineFlags flags);
+
+// Subcommands: each adds itself to `app`; `exit_code` is what the process ends with.
+void AddGenerate(CLI::App& app, int& exit_code);
+void AddBench(CLI::App& app, int& exit_code);
+void AddInspect(CLI::App& app, int& exit_code);
+void AddServe(CLI::App& app, int& exit_code);
+void AddDemo(CLI::App& app, int& exit_code);
+
+// Prints "soloist: message" to stderr; returns 1 (0 for OK).
+int Report(const absl::Status& status);
+
+}  // namespace soloist::cli
+
+#endif  // SOLOIST_CLI_FLAGS_H_

@@ -1,0 +1,98 @@
+// Transformer: one rank's pass through a decoder-only MoE model, as stream-ordered ops. Knows layers, not families: a
+// family is a ModelConfig and the names of its tensors.
+//
+// Per layer: norm, QKV, rope + KV append, paged attention, output, norm, route, dispatch, expert MLP, combine.
+#ifndef SOLOIST_ENGINE_MODEL_TRANSFORMER_H_
+#define SOLOIST_ENGINE_MODEL_TRANSFORMER_H_
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "engine/comm/dispatcher.h"
+#include "engine/model/config.h"
+#include "engine/model/device_weights.h"
+#include "kernels/device.h"
+#include "kernels/ops.h"
+
+namespace soloist {
+
+struct TransformerLimits {
+  int64_t max_tokens = 0;      // rows of one step on this rank
+  int64_t max_logit_rows = 0;  // rows whose logits are computed
+};
+
+// One step's plan, in device memory.
+struct StepInputs {
+  int64_t num_tokens = 0;
+  int64_t max_home_tokens = 0;  // most tokens of any rank in this step
+  int num_sequences = 0;
+  int max_blocks = 0;
+  int num_logit_rows = 0;
+  const int32_t* token_ids = nullptr;
+  const int32_t* previous_tokens = nullptr;
+  const int32_t* positions = nullptr;
+  const int32_t* slot_mapping = nullptr;
+  const int32_t* query_starts = nullptr;
+  const int32_t* seq_lens = nullptr;
+  const int32_t* block_tables = nullptr;
+  const int32_t* logit_rows = nullptr;
+};
+
+// Used by its rank's thread. Allocates everything at creation; `config`, weights, device and dispatcher must outlive
+// it.
+class Transformer {
+ public:
+  static absl::StatusOr<std::unique_ptr<Transformer>> Create(const ModelConfig& config, const TransformerLimits& limits,
+                                                             const SharedWeights& shared, const ExpertWeights& experts,
+                                                             Device& device, TokenDispatcher& dispatcher);
+
+  // Enqueues the step. kv: one KvLayer per layer. Every rank of the group must call it for every step, with zero tokens
+  // too. Errors are the communicator's.
+  absl::Status Forward(const StepInputs& in, const std::vector<KvLayer>& kv, Stream& stream);
+
+  // Results of the last Forward, in device memory, valid until the next.
+  Tensor logits(int64_t rows) const { return logits_.View<float>(rows, config_.vocab_size); }  // F32 [rows, vocab]
+  // Chosen experts, I32 [num_layers * max_tokens, top_k]: layer l's rows start at l * max_tokens; and their weights,
+  // F32.
+  Tensor routed_experts() const { return Routed<int32_t>(experts_); }
+  Tensor routed_weights() const { return Routed<float>(weights_); }
+  const TransformerLimits& limits() const { return limits_; }
+
+ private:
+  Transformer(const ModelConfig& config, const TransformerLimits& limits, const SharedWeights& shared,
+              const ExpertWeights& experts, Device& device, TokenDispatcher& dispatcher);
+  absl::Status Allocate();
+  template <typename T>
+  Tensor Routed(const Buffer& buffer) const {
+    return buffer.View<T>(config_.num_layers * limits_.max_tokens, config_.experts_per_token);
+  }
+  void Attention(int layer, const StepInputs& in, const KvLayer& kv, Stream& stream);
+  absl::Status Moe(int layer, const StepInputs& in, Stream& stream);
+
+  const ModelConfig config_;
+  const TransformerLimits limits_;
+  const SharedWeights& shared_;
+  const ExpertWeights& expert_weights_;
+  Device& device_;
+  TokenDispatcher& dispatcher_;
+
+  // act [max_tokens, ...]
+  Buffer residual_;        // hidden
+  Buffer normed_;          // hidden
+  Buffer delta_;           // hidden: what the next norm adds to the residual
+  Buffer qkv_;             // (hq + 2 hkv) * head_dim
+  Buffer q_;               // hq * head_dim
+  Buffer attention_;       // hq * head_dim
+  Buffer expert_scratch_;  // [max expert rows, width of w_in]
+  Buffer experts_;         // I32, see routed_experts
+  Buffer weights_;         // F32
+  Buffer last_hidden_;     // [max_logit_rows, hidden]
+  Buffer logits_;          // F32 [max_logit_rows, vocab]
+};
+
+}  // namespace soloist
+
+#endif  // SOLOIST_ENGINE_MODEL_TRANSFORMER_H_
