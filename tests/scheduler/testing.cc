@@ -198,7 +198,7 @@ Request RandomRequest(std::mt19937_64& random, const std::string& id, const Plan
     request.prompt.push_back(i < shared ? (i * (family + 2) + family) % limits.vocab_size : below(limits.vocab_size));
   }
   SamplingParams& p = request.sampling;
-  p.max_tokens = 1 + below(max_length - length + 1 > 0 ? std::min(40, max_length - length + 1) : 1);
+  p.max_tokens = 1 + below(std::min(40, max_length - length));
   p.temperature = below(3) == 0 ? 0.0f : 1.0f;
   p.seed = random();
   if (below(3) == 0) p.repetition_penalty = 1.3f;
