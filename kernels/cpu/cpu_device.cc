@@ -1,0 +1,115 @@
+#include "kernels/cpu/cpu_device.h"
+
+#include <sched.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <fstream>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "base/status.h"
+#include "kernels/cpu/cpu_ops.h"
+#include "kernels/cpu/simd.h"
+#include "kernels/cpu/thread_pool.h"
+
+namespace soloist {
+namespace {
+
+class CpuStream final : public Stream {
+ public:
+  absl::Status Synchronize() override { return absl::OkStatus(); }
+};
+
+// "MemAvailable" of /proc/meminfo, bytes.
+int64_t AvailableBytes() {
+  std::ifstream file("/proc/meminfo");
+  std::string name, unit;
+  for (int64_t kib = 0; file >> name >> kib; std::getline(file, unit)) {
+    if (name == "MemAvailable:") return kib * 1024;
+  }
+  return 0;
+}
+
+// Zeroed pages, huge ones where the kernel gives them: weights and KV are read end to end.
+absl::StatusOr<Buffer> Map(int64_t bytes) {
+  if (bytes < 0) return InvalidArgument("cpu: allocating {} bytes", bytes);
+  if (bytes == 0) return Buffer();
+  void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (data == MAP_FAILED) {
+    return ResourceExhausted("cpu: allocating {} bytes failed, {} are available", bytes, AvailableBytes());
+  }
+  if (bytes >= (2 << 20)) madvise(data, bytes, MADV_HUGEPAGE);
+  return Buffer(data, bytes, [](void* p, int64_t n) { munmap(p, n); });
+}
+
+class CpuDevice final : public Device {
+ public:
+  explicit CpuDevice(ThreadPool& pool) : ops_(CreateCpuOps(pool)) {}
+  std::string Name() const override { return HasNativeBf16() ? "cpu (avx512_bf16)" : "cpu"; }
+  absl::StatusOr<Buffer> Allocate(int64_t bytes) override { return Map(bytes); }
+  absl::StatusOr<Buffer> AllocatePinned(int64_t bytes) override { return Map(bytes); }
+  absl::StatusOr<std::unique_ptr<Stream>> CreateStream() override { return std::make_unique<CpuStream>(); }
+  void Copy(void* dst, const void* src, int64_t bytes, Stream&) override {
+    if (bytes > 0) std::memcpy(dst, src, bytes);
+  }
+  int64_t FreeBytes() const override { return AvailableBytes(); }
+  Ops& ops() override { return *ops_; }
+
+ private:
+  std::unique_ptr<Ops> ops_;
+};
+
+double Seconds(const auto& work) {
+  const auto start = std::chrono::steady_clock::now();
+  work();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+class CpuDeviceFactory final : public DeviceFactory {
+ public:
+  explicit CpuDeviceFactory(int threads) : pool_(threads) {}
+  absl::StatusOr<std::unique_ptr<Device>> CreateDevice(int) override { return std::make_unique<CpuDevice>(pool_); }
+
+  // The best of several passes: other tenants of the machine only ever slow a pass down.
+  MachineRates MeasureRates() override {
+    MachineRates rates;
+    constexpr int64_t kBytes = int64_t{512} << 20, kPieces = 256, kFloats = kBytes / 4 / kPieces;
+    auto memory = Map(kBytes);
+    if (!memory.ok()) return rates;
+    std::memset(memory->data(), 1, kBytes);
+    const float* data = static_cast<const float*>(memory->data());
+    std::vector<float> sums(kPieces);
+    for (int pass = 0; pass < 12; ++pass) {
+      const double read = Seconds(
+          [&] { pool_.ParallelFor(kPieces, [&](int64_t i) { sums[i] = ReadLoop(data + i * kFloats, kFloats); }); });
+      rates.read_bytes_per_s = std::max(rates.read_bytes_per_s, kBytes / read);
+      std::vector<FmaLoop> loops(pool_.threads());
+      const double multiply =
+          Seconds([&] { pool_.ParallelFor(pool_.threads(), [&](int64_t i) { loops[i] = RunFmaLoop(4'000'000); }); });
+      double flops = 0;
+      for (const FmaLoop& loop : loops) flops += loop.flops;
+      rates.flops_per_s = std::max(rates.flops_per_s, flops / multiply);
+    }
+    return rates;
+  }
+
+ private:
+  ThreadPool pool_;
+};
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<DeviceFactory>> CreateCpuDeviceFactory(int threads) {
+  if (threads < 0 || threads > 1024) return InvalidArgument("--threads is {}, allowed: 0 (all cores) to 1024", threads);
+  if (threads == 0) {
+    cpu_set_t cores;
+    threads = sched_getaffinity(0, sizeof(cores), &cores) == 0 ? std::max(1, CPU_COUNT(&cores)) : 1;
+  }
+  return std::make_unique<CpuDeviceFactory>(threads);
+}
+
+}  // namespace soloist

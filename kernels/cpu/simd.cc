@@ -1,0 +1,243 @@
+#include "kernels/cpu/simd.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+// The order matters: foreach_target.h compiles this file once per instruction set.
+// clang-format off
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/cpu/simd.cc"
+#include "hwy/foreach_target.h"
+#include "hwy/highway.h"
+#include "hwy/contrib/math/math-inl.h"
+// clang-format on
+
+HWY_BEFORE_NAMESPACE();
+namespace soloist {
+namespace HWY_NAMESPACE {
+
+namespace hn = hwy::HWY_NAMESPACE;
+using F = hn::ScalableTag<float>;
+using B = hn::Rebind<hwy::bfloat16_t, F>;
+using V = hn::Vec<F>;
+
+HWY_INLINE V LoadWide(F d, const float* p) { return hn::LoadU(d, p); }
+HWY_INLINE V LoadWide(F d, const BFloat16* p) {
+  return hn::PromoteTo(d, hn::LoadU(B(), reinterpret_cast<const hwy::bfloat16_t*>(p)));
+}
+// The last n < Lanes elements, zero-filled.
+template <typename T>
+HWY_INLINE V LoadTail(F d, const T* p, int64_t n) {
+  HWY_ALIGN T buffer[HWY_LANES(float)] = {};
+  for (int64_t i = 0; i < n; ++i) buffer[i] = p[i];
+  return LoadWide(d, buffer);
+}
+HWY_INLINE void StoreTail(V v, F d, float* p, int64_t n) {
+  HWY_ALIGN float buffer[HWY_LANES(float)];
+  hn::Store(v, d, buffer);
+  for (int64_t i = 0; i < n; ++i) p[i] = buffer[i];
+}
+HWY_INLINE float Reduce(F d, V v) { return hn::GetLane(hn::SumOfLanes(d, v)); }
+
+template <typename T>
+HWY_INLINE float DotT(const float* x, const T* y, int64_t n) {
+  const F d;
+  const int64_t lanes = hn::Lanes(d);
+  V sum = hn::Zero(d);
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) sum = hn::MulAdd(hn::LoadU(d, x + i), LoadWide(d, y + i), sum);
+  if (i < n) sum = hn::MulAdd(LoadTail(d, x + i, n - i), LoadTail(d, y + i, n - i), sum);
+  return Reduce(d, sum);
+}
+float DotF(const float* x, const float* y, int64_t n) { return DotT(x, y, n); }
+float DotB(const float* x, const BFloat16* y, int64_t n) { return DotT(x, y, n); }
+
+// y = f(y, x) elementwise.
+template <typename T, typename Function>
+HWY_INLINE void Map(float* y, const T* x, int64_t n, const Function& function) {
+  const F d;
+  const int64_t lanes = hn::Lanes(d);
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) hn::StoreU(function(d, hn::LoadU(d, y + i), LoadWide(d, x + i)), d, y + i);
+  if (i < n) StoreTail(function(d, LoadTail(d, y + i, n - i), LoadTail(d, x + i, n - i)), d, y + i, n - i);
+}
+void AxpyF(float a, const float* x, float* y, int64_t n) {
+  Map(y, x, n, [a](F d, V vy, V vx) HWY_ATTR { return hn::MulAdd(hn::Set(d, a), vx, vy); });
+}
+void AxpyB(float a, const BFloat16* x, float* y, int64_t n) {
+  Map(y, x, n, [a](F d, V vy, V vx) HWY_ATTR { return hn::MulAdd(hn::Set(d, a), vx, vy); });
+}
+void ScaleF(float a, float* y, int64_t n) {
+  Map(y, y, n, [a](F d, V vy, V) HWY_ATTR { return hn::Mul(hn::Set(d, a), vy); });
+}
+void WidenB(const BFloat16* x, float* out, int64_t n) {
+  const F d;
+  const int64_t lanes = hn::Lanes(d);
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) hn::StoreU(LoadWide(d, x + i), d, out + i);
+  if (i < n) StoreTail(LoadTail(d, x + i, n - i), d, out + i, n - i);
+}
+void SiluGateF(float* gate, const float* up, int64_t n) {
+  Map(gate, up, n, [](F d, V g, V u) HWY_ATTR {
+    const V one = hn::Set(d, 1.0f);
+    return hn::Mul(hn::Div(g, hn::Add(one, hn::Exp(d, hn::Neg(g)))), u);
+  });
+}
+float MaxF(const float* x, int64_t n) {
+  const F d;
+  const int64_t lanes = hn::Lanes(d);
+  V best = hn::Set(d, -std::numeric_limits<float>::infinity());
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) best = hn::Max(best, hn::LoadU(d, x + i));
+  float result = hn::GetLane(hn::MaxOfLanes(d, best));
+  for (; i < n; ++i) result = std::max(result, x[i]);
+  return result;
+}
+float SumExpF(const float* x, float shift, float* out, int64_t n) {
+  const F d;
+  const int64_t lanes = hn::Lanes(d);
+  const V vshift = hn::Set(d, shift);
+  V sum = hn::Zero(d);
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) {
+    const V e = hn::Exp(d, hn::Sub(hn::LoadU(d, x + i), vshift));
+    if (out != nullptr) hn::StoreU(e, d, out + i);
+    sum = hn::Add(sum, e);
+  }
+  if (i < n) {
+    HWY_ALIGN float buffer[HWY_LANES(float)];
+    std::fill(buffer, buffer + lanes, -std::numeric_limits<float>::infinity());
+    std::copy(x + i, x + n, buffer);
+    // Highway's Exp gives 0 far below zero; shift keeps -inf out of it.
+    const V e = hn::Exp(d, hn::Max(hn::Sub(hn::Load(d, buffer), vshift), hn::Set(d, -1000.0f)));
+    if (out != nullptr) StoreTail(e, d, out + i, n - i);
+    sum = hn::Add(sum, e);
+  }
+  return Reduce(d, sum);
+}
+
+// N rows of w at a time against M rows of x: M * N accumulators.
+template <int M, int N>
+HWY_INLINE void Micro(const GemmTile& t, int64_t j) {
+  const F d;
+  const int64_t lanes = hn::Lanes(d);
+  V sum[M][N];
+  for (int a = 0; a < M; ++a) {
+    for (int b = 0; b < N; ++b) sum[a][b] = hn::Zero(d);
+  }
+  const BFloat16* w = t.w + j * t.w_stride;
+  int64_t i = 0;
+  for (; i + lanes <= t.k; i += lanes) {
+    V x[M];
+    for (int a = 0; a < M; ++a) x[a] = hn::LoadU(d, t.x[a] + i);
+    for (int b = 0; b < N; ++b) {
+      const V wide = LoadWide(d, w + b * t.w_stride + i);
+      for (int a = 0; a < M; ++a) sum[a][b] = hn::MulAdd(x[a], wide, sum[a][b]);
+    }
+  }
+  if (i < t.k) {
+    for (int b = 0; b < N; ++b) {
+      const V wide = LoadTail(d, w + b * t.w_stride + i, t.k - i);
+      for (int a = 0; a < M; ++a) sum[a][b] = hn::MulAdd(LoadTail(d, t.x[a] + i, t.k - i), wide, sum[a][b]);
+    }
+  }
+  for (int a = 0; a < M; ++a) {
+    for (int b = 0; b < N; ++b) t.out[a][j + b] = Reduce(d, sum[a][b]);
+  }
+}
+template <int M, int N>
+HWY_INLINE void Sweep(const GemmTile& t) {
+  int64_t j = 0;
+  for (; j + N <= t.n; j += N) Micro<M, N>(t, j);
+  for (; j < t.n; ++j) Micro<M, 1>(t, j);
+}
+void GemmTileF(const GemmTile& t) {
+  switch (t.m) {
+    case 1:
+      return Sweep<1, 8>(t);
+    case 2:
+      return Sweep<2, 4>(t);
+    case 3:
+      return Sweep<3, 4>(t);
+    default:
+      return Sweep<4, 4>(t);
+  }
+}
+
+FmaLoop FmaLoopF(int64_t iterations) {
+  const F d;
+  V sum[10];
+  for (int i = 0; i < 10; ++i) sum[i] = hn::Set(d, static_cast<float>(i));
+  const V a = hn::Set(d, 0.999f), b = hn::Set(d, 0.001f);
+  for (int64_t n = 0; n < iterations; ++n) {
+    for (int i = 0; i < 10; ++i) sum[i] = hn::MulAdd(sum[i], a, b);
+  }
+  V all = sum[0];
+  for (int i = 1; i < 10; ++i) all = hn::Add(all, sum[i]);
+  return {.flops = static_cast<double>(iterations) * 20.0 * static_cast<double>(hn::Lanes(d)), .sum = Reduce(d, all)};
+}
+
+float ReadLoopF(const float* x, int64_t n) {
+  const F d;
+  const int64_t lanes = hn::Lanes(d);
+  V sum[8];
+  for (V& s : sum) s = hn::Zero(d);
+  for (int64_t i = 0; i < n; i += 8 * lanes) {
+    for (int j = 0; j < 8; ++j) sum[j] = hn::Add(sum[j], hn::LoadU(d, x + i + j * lanes));
+  }
+  V all = sum[0];
+  for (int i = 1; i < 8; ++i) all = hn::Add(all, sum[i]);
+  return Reduce(d, all);
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace soloist
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace soloist {
+
+HWY_EXPORT(DotF);
+HWY_EXPORT(DotB);
+HWY_EXPORT(AxpyF);
+HWY_EXPORT(AxpyB);
+HWY_EXPORT(ScaleF);
+HWY_EXPORT(WidenB);
+HWY_EXPORT(SiluGateF);
+HWY_EXPORT(MaxF);
+HWY_EXPORT(SumExpF);
+HWY_EXPORT(GemmTileF);
+HWY_EXPORT(FmaLoopF);
+HWY_EXPORT(ReadLoopF);
+
+float Dot(const float* x, const float* y, int64_t n) { return HWY_DYNAMIC_DISPATCH(DotF)(x, y, n); }
+float Dot(const float* x, const BFloat16* y, int64_t n) { return HWY_DYNAMIC_DISPATCH(DotB)(x, y, n); }
+void Axpy(float a, const float* x, float* y, int64_t n) { HWY_DYNAMIC_DISPATCH(AxpyF)(a, x, y, n); }
+void Axpy(float a, const BFloat16* x, float* y, int64_t n) { HWY_DYNAMIC_DISPATCH(AxpyB)(a, x, y, n); }
+void Scale(float a, float* y, int64_t n) { HWY_DYNAMIC_DISPATCH(ScaleF)(a, y, n); }
+void Widen(const BFloat16* x, float* out, int64_t n) { HWY_DYNAMIC_DISPATCH(WidenB)(x, out, n); }
+void SiluGate(float* gate, const float* up, int64_t n) { HWY_DYNAMIC_DISPATCH(SiluGateF)(gate, up, n); }
+float Max(const float* x, int64_t n) { return HWY_DYNAMIC_DISPATCH(MaxF)(x, n); }
+float SumExp(const float* x, float shift, float* out, int64_t n) {
+  return HWY_DYNAMIC_DISPATCH(SumExpF)(x, shift, out, n);
+}
+void GemmTileFma(const GemmTile& tile) { HWY_DYNAMIC_DISPATCH(GemmTileF)(tile); }
+FmaLoop RunFmaLoop(int64_t iterations) { return HWY_DYNAMIC_DISPATCH(FmaLoopF)(iterations); }
+float ReadLoop(const float* x, int64_t n) { return HWY_DYNAMIC_DISPATCH(ReadLoopF)(x, n); }
+
+void Narrow(const float* x, BFloat16* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, x + i, 4);
+    out[i].bits = (bits & 0x7fffffff) > 0x7f800000 ? static_cast<uint16_t>((bits >> 16) | 0x40)
+                                                   : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+  }
+}
+
+void Gelu(float* x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) x[i] = 0.5f * x[i] * (1.0f + std::erf(x[i] * 0.70710678118654752f));
+}
+
+}  // namespace soloist
+#endif  // HWY_ONCE

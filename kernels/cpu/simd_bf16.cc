@@ -1,0 +1,102 @@
+// The only file that is compiled for AVX512_BF16; nothing in it runs without the cpuid check.
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "base/check.h"
+#include "kernels/cpu/simd.h"
+
+namespace soloist {
+namespace {
+
+constexpr int64_t kMaxK = 1 << 16;
+constexpr int64_t kStep = 32;
+
+// Rows of x as bf16 pairs, zero-filled to a multiple of kStep.
+struct Split {
+  alignas(64) uint16_t high[kTileRows][kMaxK + kStep];
+  alignas(64) uint16_t low[kTileRows][kMaxK + kStep];
+};
+
+__m512i Bits(const uint16_t* p) { return _mm512_loadu_si512(p); }
+
+// high = bf16(x) by truncation, low = bf16(x - high): together 16 bits of mantissa. Truncating keeps x - high exact.
+void SplitRow(const float* x, int64_t k, uint16_t* high, uint16_t* low) {
+  const __m512i mask = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+  int64_t i = 0;
+  for (; i < k; i += 16) {
+    const __mmask16 lanes = k - i >= 16 ? 0xffff : static_cast<__mmask16>((1u << (k - i)) - 1);
+    const __m512 value = _mm512_maskz_loadu_ps(lanes, x + i);
+    const __m512 top = _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(value), mask));
+    const __m256i top_bits = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(top), 16));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(high + i), top_bits);
+    const __m256bh rest = _mm512_cvtneps_pbh(_mm512_sub_ps(value, top));
+    std::memcpy(low + i, &rest, 32);
+  }
+  for (; i % kStep != 0; i += 16) {
+    std::memset(high + i, 0, 32);
+    std::memset(low + i, 0, 32);
+  }
+}
+
+template <int M, int N>
+void Micro(const GemmTile& t, const Split& x, int64_t j) {
+  __m512 sum[M][N];
+  for (int a = 0; a < M; ++a) {
+    for (int b = 0; b < N; ++b) sum[a][b] = _mm512_setzero_ps();
+  }
+  const BFloat16* w = t.w + j * t.w_stride;
+  const auto step = [&](int64_t i, auto load) {
+    for (int b = 0; b < N; ++b) {
+      const __m512i bits = load(w + b * t.w_stride + i);
+      for (int a = 0; a < M; ++a) {
+        sum[a][b] = _mm512_dpbf16_ps(sum[a][b], (__m512bh)Bits(x.high[a] + i), (__m512bh)bits);
+        sum[a][b] = _mm512_dpbf16_ps(sum[a][b], (__m512bh)Bits(x.low[a] + i), (__m512bh)bits);
+      }
+    }
+  };
+  int64_t i = 0;
+  for (; i + kStep <= t.k; i += kStep) {
+    step(i, [](const BFloat16* p) { return _mm512_loadu_si512(p); });
+  }
+  if (i < t.k) {
+    const __mmask32 lanes = (1u << (t.k - i)) - 1;
+    step(i, [lanes](const BFloat16* p) { return _mm512_maskz_loadu_epi16(lanes, p); });
+  }
+  for (int a = 0; a < M; ++a) {
+    for (int b = 0; b < N; ++b) t.out[a][j + b] = _mm512_reduce_add_ps(sum[a][b]);
+  }
+}
+
+template <int M, int N>
+void Sweep(const GemmTile& t, const Split& x) {
+  int64_t j = 0;
+  for (; j + N <= t.n; j += N) Micro<M, N>(t, x, j);
+  for (; j < t.n; ++j) Micro<M, 1>(t, x, j);
+}
+
+}  // namespace
+
+bool HasNativeBf16() {
+  static const bool has =
+      __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  return has;
+}
+
+void GemmTileBf16(const GemmTile& t) {
+  CHECK_LE(t.k, kMaxK);
+  thread_local Split split;
+  for (int a = 0; a < t.m; ++a) SplitRow(t.x[a], t.k, split.high[a], split.low[a]);
+  switch (t.m) {
+    case 1:
+      return Sweep<1, 8>(t, split);
+    case 2:
+      return Sweep<2, 4>(t, split);
+    case 3:
+      return Sweep<3, 4>(t, split);
+    default:
+      return Sweep<4, 4>(t, split);
+  }
+}
+
+}  // namespace soloist
