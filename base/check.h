@@ -1,4 +1,5 @@
-// CHECK: for conditions that only a bug of ours can break. What the world can do (files, peers, capacity) is absl::Status.
+// CHECK: for conditions that only a bug of ours can break. What the world can do (files, peers, capacity) is
+// absl::Status.
 #ifndef SOLOIST_BASE_CHECK_H_
 #define SOLOIST_BASE_CHECK_H_
 
@@ -18,16 +19,14 @@ template <typename A, typename B>
 
 }  // namespace soloist
 
-#define CHECK(cond) \
-  ((cond) ? static_cast<void>(0) : ::soloist::CheckFailed(__FILE__, __LINE__, #cond, std::string()))
+#define CHECK(cond) ((cond) ? static_cast<void>(0) : ::soloist::CheckFailed(__FILE__, __LINE__, #cond, std::string()))
 #define CHECK_MSG(cond, message) \
   ((cond) ? static_cast<void>(0) : ::soloist::CheckFailed(__FILE__, __LINE__, #cond, (message)))
-#define SOLOIST_CHECK_OP(a, b, op)                                                          \
-  do {                                                                                      \
-    const auto check_a = (a);                                                               \
-    const auto check_b = (b);                                                               \
-    if (!(check_a op check_b))                                                              \
-      ::soloist::CheckOpFailed(__FILE__, __LINE__, #a " " #op " " #b, check_a, check_b);    \
+#define SOLOIST_CHECK_OP(a, b, op)                                                                                \
+  do {                                                                                                            \
+    const auto check_a = (a);                                                                                     \
+    const auto check_b = (b);                                                                                     \
+    if (!(check_a op check_b)) ::soloist::CheckOpFailed(__FILE__, __LINE__, #a " " #op " " #b, check_a, check_b); \
   } while (false)
 #define CHECK_EQ(a, b) SOLOIST_CHECK_OP(a, b, ==)
 #define CHECK_NE(a, b) SOLOIST_CHECK_OP(a, b, !=)
@@ -36,10 +35,10 @@ template <typename A, typename B>
 #define CHECK_GE(a, b) SOLOIST_CHECK_OP(a, b, >=)
 #define CHECK_GT(a, b) SOLOIST_CHECK_OP(a, b, >)
 // For a Status that can only be bad through a bug of ours.
-#define CHECK_OK(expr)                                                                                     \
-  do {                                                                                                     \
-    const absl::Status check_status = (expr);                                                              \
-    if (!check_status.ok()) ::soloist::CheckFailed(__FILE__, __LINE__, #expr, check_status.ToString());   \
+#define CHECK_OK(expr)                                                                                  \
+  do {                                                                                                  \
+    const absl::Status check_status = (expr);                                                           \
+    if (!check_status.ok()) ::soloist::CheckFailed(__FILE__, __LINE__, #expr, check_status.ToString()); \
   } while (false)
 
 #endif  // SOLOIST_BASE_CHECK_H_

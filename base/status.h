@@ -21,11 +21,12 @@ struct fmt::formatter<absl::string_view> : fmt::formatter<std::string_view> {
 
 namespace soloist {
 
-// Each makes a status of that code with an fmt-formatted message: InvalidArgument("max_tokens is {}, limit {}", n, max).
-#define SOLOIST_STATUS_MAKER(Name)                                                       \
-  template <typename... Args>                                                            \
-  absl::Status Name(fmt::format_string<Args...> format, Args&&... args) {                \
-    return absl::Name##Error(fmt::format(format, std::forward<Args>(args)...));          \
+// Each makes a status of that code with an fmt-formatted message: InvalidArgument("max_tokens is {}, limit {}", n,
+// max).
+#define SOLOIST_STATUS_MAKER(Name)                                              \
+  template <typename... Args>                                                   \
+  absl::Status Name(fmt::format_string<Args...> format, Args&&... args) {       \
+    return absl::Name##Error(fmt::format(format, std::forward<Args>(args)...)); \
   }
 SOLOIST_STATUS_MAKER(InvalidArgument)
 SOLOIST_STATUS_MAKER(NotFound)
@@ -49,8 +50,8 @@ inline absl::Status Annotate(const absl::Status& status, std::string_view contex
 
 }  // namespace soloist
 
-#define RETURN_IF_ERROR(expr)                             \
-  do {                                                    \
+#define RETURN_IF_ERROR(expr)                                         \
+  do {                                                                \
     if (absl::Status status_ = (expr); !status_.ok()) return status_; \
   } while (false)
 

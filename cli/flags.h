@@ -12,7 +12,6 @@
 #include "engine/engine.h"
 #include "engine/worker/in_process_engine.h"
 #include "scheduler/step_loop.h"
-#include "server/tokenizer/tokenizer.h"
 
 namespace soloist::cli {
 
@@ -37,11 +36,7 @@ struct Runtime {
 absl::StatusOr<Runtime> StartRuntime(EngineFlags flags);
 
 // Subcommands: each adds itself to `app`; `exit_code` is what the process ends with.
-void AddGenerate(CLI::App& app, int& exit_code);
 void AddBench(CLI::App& app, int& exit_code);
-void AddInspect(CLI::App& app, int& exit_code);
-void AddServe(CLI::App& app, int& exit_code);
-void AddDemo(CLI::App& app, int& exit_code);
 
 // Prints "soloist: message" to stderr; returns 1 (0 for OK).
 int Report(const absl::Status& status);

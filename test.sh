@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Installs what is missing, builds and runs all tests. Ends with a line "N passed, N failed".
+set -uo pipefail
+cd "$(dirname "$0")"
+
+passed=0
+failed=0
+stage() { printf '\n== %s (%d s so far)\n' "$1" "$SECONDS"; }
+result() {  # NAME STATUS
+  if (($2 == 0)); then
+    passed=$((passed + 1))
+  else
+    failed=$((failed + 1))
+    echo "FAILED: $1"
+  fi
+}
+
+# bazel_test NAME ARGS...: adds one per test target, and one failure if the build itself broke.
+bazel_test() {
+  local name=$1 log status ok bad
+  shift
+  stage "$name"
+  log=$(mktemp)
+  bazel test --keep_going --noshow_progress --test_summary=short "$@" 2>&1 | tee "$log" | grep -vE '^(INFO|Loading|Analyzing)'
+  status=${PIPESTATUS[0]}
+  ok=$(grep -cE '^//.* PASSED in ' "$log")
+  bad=$(grep -cE '^//.* (FAILED|TIMEOUT|NO STATUS)' "$log")
+  if ((status != 0 && bad == 0)) || ((ok + bad == 0)); then bad=1; fi
+  passed=$((passed + ok))
+  failed=$((failed + bad))
+  rm -f "$log"
+}
+
+stage "install"
+third_party/install.sh
+result "install" $?
+
+stage "format"
+git ls-files '*.h' '*.cc' | xargs -r clang-format-19 --dry-run -Werror
+result "format" $?
+
+bazel_test "optimised" //...
+bazel_test "address and undefined behaviour" --config=asan //...
+bazel_test "threads" --config=tsan --test_tag_filters=threaded,-gpu //...
+
+stage "done"
+echo "$passed passed, $failed failed"
+((failed == 0 && passed > 0))
