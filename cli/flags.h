@@ -36,6 +36,7 @@ struct Runtime {
 absl::StatusOr<Runtime> StartRuntime(EngineFlags flags);
 
 // Subcommands: each adds itself to `app`; `exit_code` is what the process ends with.
+void AddGenerate(CLI::App& app, int& exit_code);
 void AddBench(CLI::App& app, int& exit_code);
 
 // Prints "soloist: message" to stderr; returns 1 (0 for OK).

@@ -1,4 +1,4 @@
-// The one binary: soloist bench.
+// The one binary: soloist generate | bench.
 #include "CLI/CLI.hpp"
 #include "base/logging.h"
 #include "cli/flags.h"
@@ -17,6 +17,7 @@ int main(int argc, char** argv) {
   });
 
   int exit_code = 0;
+  soloist::cli::AddGenerate(app, exit_code);
   soloist::cli::AddBench(app, exit_code);
   CLI11_PARSE(app, argc, argv);
   return exit_code;
