@@ -13,6 +13,37 @@ int32_t BlocksFor(int32_t tokens, int32_t block_size) { return (tokens + block_s
 
 }  // namespace
 
+void Scheduler::Rebalance() {
+  for (size_t to = 0; to < homes_.size(); ++to) {
+    Home& room = homes_[to];
+    if (!room.waiting.empty() || static_cast<int32_t>(room.running.size()) >= max_running_) continue;
+    Home* from = nullptr;
+    for (Home& home : homes_) {
+      if (!home.blocked || home.waiting.empty() || (*home.waiting.begin())->owner->admitted) continue;
+      if (from == nullptr || RanksBefore()(*home.waiting.begin(), *from->waiting.begin())) from = &home;
+    }
+    if (from == nullptr) return;
+    RequestState& owner = *(*from->waiting.begin())->owner;
+    const int32_t need = BlocksFor((*from->waiting.begin())->total(), limits_.block_size);
+    if (room.pool.available() < need + Reserve(room)) continue;
+    for (Sequence& s : owner.outputs) {
+      if (s.state != SequenceState::kWaiting) continue;
+      from->waiting.erase(&s);
+      from->to_serve -= s.to_serve;
+      s.home = static_cast<int32_t>(to);
+      s.blocked_need = 0;
+      room.to_serve += s.to_serve;
+      room.waiting.insert(&s);
+    }
+    from->blocked = false;
+  }
+}
+
+// Room for the decodes that run, so that admission does not at once lead to preemption.
+int32_t Scheduler::Reserve(const Home& home) const {
+  return home.running.empty() ? 0 : std::max(1, limits_.num_blocks / 64);
+}
+
 void Scheduler::PlanHome(Home& home, int64_t now_ns) {
   const int32_t block_size = limits_.block_size;
   home.budget = token_budget_;
@@ -37,12 +68,12 @@ void Scheduler::PlanHome(Home& home, int64_t now_ns) {
   const auto wants_chunk = [](const Sequence* s) {
     return s->planned == 0 && s->remaining() > 1 && s->num_sampled() < s->owner->max_tokens;
   };
-  bool blocked = false;
+  home.blocked = false;
   size_t next = 0;
   for (auto it = home.waiting.begin(); home.budget > 0;) {
     while (next < home.running.size() && !wants_chunk(home.running[next])) ++next;
     Sequence* running = next < home.running.size() ? home.running[next] : nullptr;
-    Sequence* waiting = !blocked && it != home.waiting.end() ? *it : nullptr;
+    Sequence* waiting = !home.blocked && it != home.waiting.end() ? *it : nullptr;
     if (running == nullptr && waiting == nullptr) break;
     Sequence* chosen = running;
     if (waiting != nullptr && (running == nullptr || RanksBefore()(waiting, running))) {
@@ -51,7 +82,7 @@ void Scheduler::PlanHome(Home& home, int64_t now_ns) {
         continue;
       }
       if (!Admit(home, *waiting, now_ns)) {
-        blocked = true;
+        home.blocked = true;
         continue;
       }
       it = home.waiting.erase(it);
@@ -86,8 +117,7 @@ bool Scheduler::Admit(Home& home, Sequence& s, int64_t now_ns) {
   const ChainId chain =
       home.pool.Match(tokens, s.owner->request->cache_salt, (s.total() - 1) / limits_.block_size, s.blocks);
   const int32_t hits = static_cast<int32_t>(s.blocks.size());
-  // Room for the decodes that run, so that admission does not at once lead to preemption.
-  const int32_t reserve = lone ? 0 : std::max(1, limits_.num_blocks / 64);
+  const int32_t reserve = Reserve(home);
   const int32_t need = BlocksFor(s.total(), limits_.block_size) - hits;
   if (gives_way() && home.pool.available() < need + reserve) {
     int64_t gain = home.pool.available();

@@ -165,6 +165,7 @@ std::optional<StepPlan> Scheduler::Schedule(int64_t now_ns) {
   CHECK_LE(plans_in_flight(), Engine::kMaxInFlight - 1);
   ++turn_;
   PreemptForTest();
+  Rebalance();
   int32_t max_home_tokens = 0;
   for (Home& home : homes_) {
     PlanHome(home, now_ns);

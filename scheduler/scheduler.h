@@ -81,6 +81,7 @@ class Scheduler {
     int64_t to_serve = 0;                      // tokens, of running and waiting
     int32_t budget = 0;                        // left in the step being planned
     int32_t previous_rows = 0;
+    bool blocked = false;  // its first waiting sequence found no room in the last turn
     HomePlanParts parts;
   };
   struct InFlight {
@@ -89,8 +90,10 @@ class Scheduler {
   };
 
   // plan_home.cc
+  void Rebalance();
   void PlanHome(Home& home, int64_t now_ns);
   bool Admit(Home& home, Sequence& sequence, int64_t now_ns);
+  int32_t Reserve(const Home& home) const;
   bool MustWait(const Sequence& sequence) const;
   void Preempt(Home& home, Sequence& sequence);
   void PreemptForTest();

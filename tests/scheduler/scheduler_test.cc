@@ -170,6 +170,22 @@ TEST(Scheduler, HomeOfLongestPrefixThenFewestTokens) {
   std::printf("4 different prompts on 4 homes; 3 with a known prefix on its home\n");
 }
 
+TEST(Scheduler, AnIdleHomeTakesWhatIsBlockedElsewhere) {
+  SchedulerOptions options;
+  options.max_sequences = 1;
+  Driver driver(options, Simulated(2, 64, 4));
+  for (const auto& [id, tokens] : {std::pair{"a", 40}, {"b", 60}, {"c", 5}}) {
+    ASSERT_TRUE(driver.Add(MakeRequest(id, Prompt(4, id[0]), tokens)).ok());
+  }
+  for (int i = 0; i < 4; ++i) driver.Turn();
+  EXPECT_EQ(driver.scheduler().Load().homes[0].waiting_sequences, 1);  // c behind a
+  driver.Cancel("b", -1);
+  driver.RunToEnd(100);
+  driver.ExpectReference();
+  EXPECT_LT(driver.sink("c").outputs()[0].steps.back(), driver.sink("a").outputs()[0].steps.back());
+  std::printf("the queue behind a long request moves to the home that falls idle\n");
+}
+
 TEST(Scheduler, CancelFreesAtOnceAndEndsOnce) {
   Driver driver({}, Simulated(1, 64, 4));
   Request request = MakeRequest("a", Prompt(20), 50);
