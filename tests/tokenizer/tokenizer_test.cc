@@ -26,17 +26,23 @@ std::unique_ptr<const Tokenizer> Tiny() {
 TEST(TokenizerTest, Goldens) {
   const auto tokenizer = Tiny();
   std::ifstream file("models/tiny/golden/prompts.jsonl");
-  int cases = 0;
+  int cases = 0, encoded = 0;
   for (std::string line; std::getline(file, line); ++cases) {
     const Json golden = Json::parse(line);
-    const auto ids =
-        tokenizer->Encode(golden["text"].get<std::string>(), {.add_special_tokens = golden["add_bos"].get<bool>()});
-    EXPECT_EQ(ids, golden["ids"].get<std::vector<int32_t>>()) << golden["name"];
+    // The chat cases have ids only: their text is a rendered template.
+    if (golden["text"].is_string()) {
+      const Tokenizer::EncodeOptions options{.add_special_tokens = golden["add_bos"].get<bool>()};
+      EXPECT_EQ(tokenizer->Encode(golden["text"].get<std::string>(), options),
+                golden["ids"].get<std::vector<int32_t>>())
+          << golden["name"];
+      ++encoded;
+    }
     EXPECT_EQ(tokenizer->Decode(golden["greedy"].get<std::vector<int32_t>>(), false),
               golden["greedy_text"].get<std::string>())
         << golden["name"];
   }
   EXPECT_EQ(cases, 24);
+  EXPECT_EQ(encoded, 16);
   EXPECT_EQ(tokenizer->vocab_size(), 4096);
   EXPECT_EQ(tokenizer->bos_id(), 0);
   EXPECT_TRUE(tokenizer->IsSpecial(3));
