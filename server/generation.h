@@ -1,0 +1,91 @@
+// What a client may ask, in our own words: gRPC and HTTP both make a GenerationRequest, and everything after that is
+// one path (Validate, tokenize, BuildRequest, OutputStream).
+#ifndef SOLOIST_SERVER_GENERATION_H_
+#define SOLOIST_SERVER_GENERATION_H_
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "engine/engine.h"
+#include "scheduler/request.h"
+
+namespace soloist {
+
+// What the server refuses beyond; the message names value and limit.
+struct ServerLimits {
+  int64_t max_message_bytes = 8 << 20;
+  int64_t max_prompt_bytes = 4 << 20;  // text prompts
+  int32_t max_n = 16;
+  int32_t max_stop_strings = 16;
+  int32_t max_stop_string_bytes = 256;
+  int32_t max_stop_token_ids = 64;
+  int32_t max_logit_bias = 1024;
+  int32_t max_cache_salt_bytes = 256;
+  int32_t max_request_id_bytes = 128;
+  int32_t max_streams = 4096;        // open at a time
+  int32_t max_pending_prompts = 64;  // large prompts waiting to be tokenized
+  // What one stream may hold unread before its request is cancelled.
+  int32_t max_buffered_tokens = 16384;
+  int64_t max_buffered_bytes = 4 << 20;
+  bool allow_logits = false;  // return_logits
+};
+
+// From the model folder's generation_config.json; absent: SamplingParams' own default.
+struct GenerationDefaults {
+  std::optional<float> temperature;
+  std::optional<float> top_p;
+  std::optional<float> min_p;
+  std::optional<int32_t> top_k;
+  std::optional<float> repetition_penalty;
+};
+
+// Absent: the default that proto/soloist/v1/inference.proto states.
+struct GenerationRequest {
+  std::optional<std::string> request_id;
+  // monostate: the client gave none (refused).
+  std::variant<std::monostate, std::string, std::vector<int32_t>> prompt;
+  bool add_special_tokens = true;
+  bool parse_special_tokens = true;
+  std::optional<int32_t> n;
+  std::optional<float> temperature;
+  std::optional<float> top_p;
+  std::optional<float> min_p;
+  std::optional<int32_t> top_k;
+  std::optional<float> repetition_penalty;
+  std::optional<float> presence_penalty;
+  std::optional<float> frequency_penalty;
+  std::optional<uint64_t> seed;
+  std::vector<std::pair<int32_t, float>> logit_bias;
+  std::optional<int32_t> max_tokens;
+  std::optional<int32_t> min_tokens;
+  std::vector<std::string> stop_strings;
+  std::vector<int32_t> stop_token_ids;
+  bool include_stop = false;
+  bool ignore_eos = false;
+  std::optional<int32_t> logprobs;
+  std::optional<int32_t> priority;
+  std::string cache_salt;
+  bool skip_special_tokens = true;
+  bool return_logits = false;
+};
+
+// All that can be known before the prompt is tokenized. Cheap: linear in the request, no tokenizing.
+absl::Status Validate(const GenerationRequest& request, const ServerLimits& limits, const PlanLimits& plan_limits);
+
+// The scheduler's Request for a valid one, without id and sink. Draws a seed where the client gave none. `prompt`: its
+// tokens. INVALID_ARGUMENT where the prompt does not fit.
+absl::StatusOr<Request> BuildRequest(const GenerationRequest& request, std::vector<int32_t> prompt,
+                                     const GenerationDefaults& defaults, const PlanLimits& plan_limits);
+
+// "req-" and 16 hexadecimal digits.
+std::string DrawRequestId();
+
+}  // namespace soloist
+
+#endif  // SOLOIST_SERVER_GENERATION_H_
