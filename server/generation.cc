@@ -111,7 +111,7 @@ absl::Status Validate(const GenerationRequest& request, const ServerLimits& limi
 }
 
 absl::StatusOr<Request> BuildRequest(const GenerationRequest& r, std::vector<int32_t> prompt,
-                                     const GenerationDefaults& defaults, const PlanLimits& plan_limits) {
+                                     const SamplingDefaults& defaults, const PlanLimits& plan_limits) {
   const auto prompt_tokens = static_cast<int64_t>(prompt.size());
   if (prompt.empty()) return InvalidArgument("the prompt is empty");
   const int64_t room = std::min<int64_t>(plan_limits.max_model_len,

@@ -37,7 +37,7 @@ struct ServerLimits {
 };
 
 // From the model folder's generation_config.json; absent: SamplingParams' own default.
-struct GenerationDefaults {
+struct SamplingDefaults {
   std::optional<float> temperature;
   std::optional<float> top_p;
   std::optional<float> min_p;
@@ -81,7 +81,7 @@ absl::Status Validate(const GenerationRequest& request, const ServerLimits& limi
 // The scheduler's Request for a valid one, without id and sink. Draws a seed where the client gave none. `prompt`: its
 // tokens. INVALID_ARGUMENT where the prompt does not fit.
 absl::StatusOr<Request> BuildRequest(const GenerationRequest& request, std::vector<int32_t> prompt,
-                                     const GenerationDefaults& defaults, const PlanLimits& plan_limits);
+                                     const SamplingDefaults& defaults, const PlanLimits& plan_limits);
 
 // "req-" and 16 hexadecimal digits.
 std::string DrawRequestId();

@@ -1,0 +1,173 @@
+#include "server/output_stream.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "base/status.h"
+
+namespace soloist {
+
+OutputStream::OutputStream(OutputStreamOptions options, const Tokenizer& tokenizer, const Clock& clock,
+                           std::function<void()> on_ready, std::function<void(int32_t)> cancel_output)
+    : options_(std::move(options)),
+      tokenizer_(tokenizer),
+      clock_(clock),
+      stops_(options_.stop_strings),
+      on_ready_(std::move(on_ready)),
+      cancel_output_(std::move(cancel_output)) {
+  outputs_.reserve(options_.num_outputs);
+  for (int32_t i = 0; i < options_.num_outputs; ++i) {
+    outputs_.emplace_back(tokenizer_, stops_, options_);
+    outputs_.back().delta.output_index = i;
+    outputs_.back().end.output_index = i;
+  }
+  end_.prompt_tokens = options_.prompt_tokens;
+}
+
+int64_t OutputStream::BytesOf(const TokenEvent& event) const {
+  return static_cast<int64_t>(sizeof(TokenEvent) + event.top_logprobs.size() * sizeof(event.top_logprobs[0]) +
+                              event.logits.size() * sizeof(float) + tokenizer_.TokenBytes(event.token).size());
+}
+
+bool OutputStream::OnToken(TokenEvent event) {
+  const int64_t bytes = BytesOf(event);
+  // At least one token always fits.
+  const int64_t tokens_before = buffered_tokens_.fetch_add(1);
+  const int64_t bytes_before = buffered_bytes_.fetch_add(bytes);
+  if (overflowed_ || tokens_before >= options_.max_buffered_tokens ||
+      (tokens_before > 0 && bytes_before + bytes > options_.max_buffered_bytes)) {
+    buffered_tokens_ -= 1;
+    buffered_bytes_ -= bytes;
+    overflowed_ = true;
+    return false;
+  }
+  bool was_empty;
+  {
+    const std::lock_guard lock(mutex_);
+    was_empty = inbox_.empty();
+    inbox_.emplace_back(std::move(event));
+  }
+  if (was_empty) on_ready_();
+  return true;
+}
+
+void OutputStream::OnFinish(const FinishEvent& event) {
+  bool was_empty;
+  {
+    const std::lock_guard lock(mutex_);
+    was_empty = inbox_.empty();
+    inbox_.emplace_back(event);
+  }
+  if (was_empty) on_ready_();
+}
+
+void OutputStream::Process() {
+  taken_.clear();
+  {
+    const std::lock_guard lock(mutex_);
+    taken_.swap(inbox_);
+  }
+  for (auto& item : taken_) {
+    if (auto* token = std::get_if<TokenEvent>(&item)) {
+      ProcessToken(std::move(*token));
+    } else {
+      ProcessFinish(std::get<FinishEvent>(item));
+    }
+  }
+}
+
+void OutputStream::ProcessToken(TokenEvent event) {
+  Output& out = outputs_[event.output_index];
+  const int64_t bytes = BytesOf(event);
+  if (out.stopped) {  // computed while the stop string was being found
+    buffered_tokens_ -= 1;
+    buffered_bytes_ -= bytes;
+    return;
+  }
+  out.tokens += 1;
+  // A stop token ends the text before itself; the loop's OnFinish follows.
+  if (options_.include_stop || !options_.stop_tokens.contains(event.token)) {
+    out.delta.text += out.matcher.Push(out.decoder.Push(event.token));
+  }
+  out.delta.tokens.push_back(std::move(event));
+  if (out.matcher.matched() < 0) return;
+  out.stopped = true;
+  out.end.times.last_token_ns = clock_.NowNs();
+  cancel_output_(out.end.output_index);
+}
+
+void OutputStream::ProcessFinish(const FinishEvent& event) {
+  Output& out = outputs_[event.output_index];
+  const int64_t stopped_ns = out.end.times.last_token_ns;
+  out.finished = true;
+  out.end.reason = event.reason;
+  out.end.times = event.times;
+  out.end.error = event.error;
+  out.end.retryable = event.retryable;
+  out.end.output_tokens = out.tokens;
+  if (event.stop_token >= 0) out.end.stop_token = event.stop_token;
+  if (!out.stopped) {
+    out.delta.text += out.matcher.Push(out.decoder.Flush());
+    out.delta.text += out.matcher.Flush();
+  } else {
+    // Tokens after the one that completed the stop string were computed in vain and are not reported.
+    out.end.times.last_token_ns = std::min(stopped_ns, event.times.last_token_ns);
+  }
+  if (out.matcher.matched() >= 0) {
+    out.end.reason = FinishReason::kStop;
+    out.end.stop_string = stops_.strings()[out.matcher.matched()];
+    out.end.stop_token.reset();
+    out.end.error = absl::OkStatus();
+  } else if (overflowed_ && event.reason == FinishReason::kCancelled) {
+    out.end.reason = FinishReason::kError;
+    out.end.error = ResourceExhausted("the reader is too slow: more than {} tokens or {} bytes unread",
+                                      options_.max_buffered_tokens, options_.max_buffered_bytes);
+    out.end.retryable = true;
+  }
+  end_.output_tokens += out.tokens;
+  end_.cached_prompt_tokens = std::max(end_.cached_prompt_tokens, event.cached_prompt_tokens);
+  end_.preemptions += event.num_preemptions;
+  const auto earliest = [](int64_t a, int64_t b) { return a == 0 ? b : b == 0 ? a : std::min(a, b); };
+  end_.times.arrival_ns = earliest(end_.times.arrival_ns, out.end.times.arrival_ns);
+  end_.times.first_scheduled_ns = earliest(end_.times.first_scheduled_ns, out.end.times.first_scheduled_ns);
+  end_.times.first_token_ns = earliest(end_.times.first_token_ns, out.end.times.first_token_ns);
+  end_.times.last_token_ns = std::max(end_.times.last_token_ns, out.end.times.last_token_ns);
+}
+
+std::optional<StreamEvent> OutputStream::Next() {
+  for (size_t i = 0; i < outputs_.size(); ++i) {
+    Output& out = outputs_[turn_ % outputs_.size()];
+    ++turn_;
+    if (!out.delta.tokens.empty() || !out.delta.text.empty()) {
+      Delta delta{.output_index = out.delta.output_index, .text = std::move(out.delta.text), .tokens = {}};
+      out.delta.text.clear();
+      int64_t bytes = static_cast<int64_t>(delta.text.size());
+      size_t count = 0;
+      int64_t token_bytes = 0;
+      while (count < out.delta.tokens.size() && (count == 0 || bytes < options_.max_delta_bytes)) {
+        const int64_t b = BytesOf(out.delta.tokens[count]);
+        bytes += b;
+        token_bytes += b;
+        ++count;
+      }
+      const auto cut = out.delta.tokens.begin() + static_cast<std::ptrdiff_t>(count);
+      delta.tokens.assign(std::move_iterator(out.delta.tokens.begin()), std::move_iterator(cut));
+      out.delta.tokens.erase(out.delta.tokens.begin(), cut);
+      buffered_tokens_ -= static_cast<int64_t>(count);
+      buffered_bytes_ -= token_bytes;
+      return delta;
+    }
+    if (out.finished && !out.end_taken) {
+      out.end_taken = true;
+      ++ends_taken_;
+      return out.end;
+    }
+  }
+  if (ends_taken_ == static_cast<int32_t>(outputs_.size()) && !end_taken_) {
+    end_taken_ = true;
+    return end_;
+  }
+  return std::nullopt;
+}
+
+}  // namespace soloist
