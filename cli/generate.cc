@@ -83,22 +83,6 @@ class CollectingSink final : public TokenSink {
   std::string text_;
 };
 
-const char* ReasonName(FinishReason reason) {
-  switch (reason) {
-    case FinishReason::kStop:
-      return "stop";
-    case FinishReason::kLength:
-      return "length";
-    case FinishReason::kCancelled:
-      return "cancelled";
-    case FinishReason::kError:
-      return "error";
-    case FinishReason::kNone:
-      break;
-  }
-  return "none";
-}
-
 // TTFT = first token - arrival; TPOT = (last - first) / (tokens - 1); milliseconds.
 struct Times {
   double ttft_ms = 0;
@@ -127,7 +111,7 @@ Json ToJson(const Input& input, const CollectingSink& sink) {
   Json out = {{"prompt_token_ids", input.prompt},
               {"token_ids", tokens},
               {"text", sink.text()},
-              {"finish_reason", ReasonName(finish.reason)},
+              {"finish_reason", FinishReasonName(finish.reason)},
               {"usage",
                {{"prompt_tokens", input.prompt.size()},
                 {"completion_tokens", sink.events().size()},
@@ -236,7 +220,7 @@ absl::Status Generate(GenerateFlags flags) {
     if (flags.json) {
       std::cout << ToJson(inputs[i], *sinks[i]).dump(-1, ' ', false, Json::error_handler_t::replace) << std::endl;
     } else if (many) {
-      std::cout << fmt::format("--- {} ({})\n{}", i + 1, ReasonName(sinks[i]->finish().reason), sinks[i]->text())
+      std::cout << fmt::format("--- {} ({})\n{}", i + 1, FinishReasonName(sinks[i]->finish().reason), sinks[i]->text())
                 << std::endl;
     }
     failed.Update(sinks[i]->finish().error);

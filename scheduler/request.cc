@@ -6,6 +6,23 @@
 #include "scheduler/scheduler.h"
 
 namespace soloist {
+
+const char* FinishReasonName(FinishReason reason) {
+  switch (reason) {
+    case FinishReason::kStop:
+      return "stop";
+    case FinishReason::kLength:
+      return "length";
+    case FinishReason::kCancelled:
+      return "cancelled";
+    case FinishReason::kError:
+      return "error";
+    case FinishReason::kNone:
+      break;
+  }
+  return "none";
+}
+
 namespace {
 
 absl::Status CheckToken(const char* what, size_t index, int32_t token, const PlanLimits& limits) {

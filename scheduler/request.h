@@ -32,6 +32,8 @@ struct SamplingParams {
 };
 
 enum class FinishReason { kNone, kStop, kLength, kCancelled, kError };
+// "stop", "length", ...
+const char* FinishReasonName(FinishReason reason);
 
 // Engine times, Clock::NowNs; 0: not yet.
 struct RequestTimes {

@@ -83,8 +83,7 @@ void Frontend::Generate(GenerationRequest request, Callbacks callbacks) {
 
 absl::Status Frontend::Admit(const GenerationRequest& r, std::vector<int32_t> prompt, const Callbacks& callbacks) {
   const auto prompt_tokens = static_cast<int32_t>(prompt.size());
-  ASSIGN_OR_RETURN(Request request,
-                   BuildRequest(r, std::move(prompt), model_.defaults, engine()->Info().limits));
+  ASSIGN_OR_RETURN(Request request, BuildRequest(r, std::move(prompt), model_.defaults, engine()->Info().limits));
   request.id = *r.request_id;
   RETURN_IF_ERROR(Reserve(request.id));
   OutputStreamOptions options;
@@ -191,8 +190,8 @@ HealthReport Frontend::Health() const {
       check.busy_ns = std::max<int64_t>(0, now - rank.busy_since_ns);
       if (absl::Nanoseconds(*check.busy_ns) > options_.stall_after) {
         check.ok = false;
-        check.message = fmt::format("its step has been running for {} s, more than {} s", *check.busy_ns / 1'000'000'000,
-                                    absl::ToInt64Seconds(options_.stall_after));
+        check.message = fmt::format("its step has been running for {} s, more than {} s",
+                                    *check.busy_ns / 1'000'000'000, absl::ToInt64Seconds(options_.stall_after));
       }
     }
     if (check.ok && check.message.empty()) check.message = fmt::format("finished step {}", rank.last_step);

@@ -130,7 +130,7 @@ class Frontend {
   std::atomic<bool> draining_{false};
   std::atomic<int32_t> pending_large_{0};
   mutable std::mutex mutex_;
-  absl::Status failure_;                        // mutex_
+  absl::Status failure_;                  // mutex_
   std::unordered_set<std::string> open_;  // mutex_; ids of accepted requests, and of those being admitted
   std::unique_ptr<WorkQueue> prompt_threads_;
   std::unique_ptr<WorkQueue> stream_threads_;

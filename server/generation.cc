@@ -6,7 +6,6 @@
 #include <string_view>
 
 #include "base/status.h"
-#include "kernels/sampling.h"
 
 namespace soloist {
 namespace {
