@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <cstdio>
+#include <filesystem>
 #include <utility>
 
 #include "base/clock.h"
@@ -73,13 +74,27 @@ void EngineFlags::AddTo(CLI::App& app) {
   app.add_flag("--no-prefix-cache", no_prefix_cache, "compute every prompt from its start");
 }
 
-absl::StatusOr<Runtime> StartRuntime(EngineFlags flags) {
+absl::StatusOr<ModelDescription> DescribeModel(const EngineFlags& flags) {
   ASSIGN_OR_RETURN(const ModelConfig config, LoadModelConfig(flags.engine.model_dir));
   ASSIGN_OR_RETURN(const GenerationDefaults defaults, LoadGenerationDefaults(flags.engine.model_dir));
+  const std::filesystem::path dir = std::filesystem::path(flags.engine.model_dir).lexically_normal();
+  return ModelDescription{
+      .name = dir.has_filename() ? dir.filename().string() : dir.parent_path().filename().string(),
+      .architecture = config.architecture,
+      .eos_token_ids = defaults.eos_token_ids.empty() ? config.eos_token_ids : defaults.eos_token_ids,
+      .defaults = {.temperature = defaults.temperature,
+                   .top_p = defaults.top_p,
+                   .min_p = defaults.min_p,
+                   .top_k = defaults.top_k,
+                   .repetition_penalty = defaults.repetition_penalty}};
+}
+
+absl::StatusOr<Runtime> StartRuntime(EngineFlags flags) {
+  ASSIGN_OR_RETURN(ModelDescription model, DescribeModel(flags));
   flags.scheduler.max_tokens_per_step = flags.engine.max_tokens_per_step;
   flags.scheduler.max_sequences = flags.engine.max_sequences;
   flags.scheduler.prefix_cache = !flags.no_prefix_cache;
-  flags.scheduler.eos_token_ids = defaults.eos_token_ids.empty() ? config.eos_token_ids : defaults.eos_token_ids;
+  flags.scheduler.eos_token_ids = std::move(model.eos_token_ids);
   flags.engine.collective_timeout = absl::Seconds(flags.collective_timeout_s);
   Runtime runtime;
   ProgressBar bar;

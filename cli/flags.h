@@ -12,6 +12,7 @@
 #include "engine/engine.h"
 #include "engine/worker/in_process_engine.h"
 #include "scheduler/step_loop.h"
+#include "server/frontend.h"
 
 namespace soloist::cli {
 
@@ -31,13 +32,19 @@ struct Runtime {
   std::unique_ptr<StepLoop> loop;
 };
 
+// From the model folder's configuration files, without its weights.
+absl::StatusOr<ModelDescription> DescribeModel(const EngineFlags& flags);
+
 // Loads with a progress bar on stderr (if a terminal, else log lines), starts the step loop. eos_token_ids come from
 // the model folder.
 absl::StatusOr<Runtime> StartRuntime(EngineFlags flags);
 
 // Subcommands: each adds itself to `app`; `exit_code` is what the process ends with.
+void AddServe(CLI::App& app, int& exit_code);
+void AddDemo(CLI::App& app, int& exit_code);
 void AddGenerate(CLI::App& app, int& exit_code);
 void AddBench(CLI::App& app, int& exit_code);
+void AddInspect(CLI::App& app, int& exit_code);
 
 // Prints "soloist: message" to stderr; returns 1 (0 for OK).
 int Report(const absl::Status& status);

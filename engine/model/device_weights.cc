@@ -114,18 +114,6 @@ int64_t StorageBytes(const std::vector<Buffer>& storage) {
 int64_t SharedWeights::bytes() const { return StorageBytes(storage); }
 int64_t ExpertWeights::bytes() const { return StorageBytes(storage); }
 
-int64_t SharedWeightBytes(const ModelConfig& c) {
-  const int64_t hidden = c.hidden_size, q = int64_t{c.num_heads} * c.head_dim,
-                kv = int64_t{c.num_kv_heads} * c.head_dim;
-  const int64_t layer = 2 * hidden * 4 + 2 * (hidden * (2 * q + 2 * kv) + c.num_experts * hidden);
-  return c.num_layers * layer + hidden * 4 + 2 * c.vocab_size * hidden * (c.tie_word_embeddings ? 1 : 2);
-}
-
-int64_t ExpertWeightBytes(const ModelConfig& c, int64_t num_local_experts) {
-  const int64_t matrices = c.activation == Activation::kSiluGated ? 3 : 2;
-  return 2 * c.num_layers * num_local_experts * matrices * c.hidden_size * c.expert_hidden_size;
-}
-
 absl::StatusOr<SharedWeights> LoadSharedWeights(const ModelConfig& c, const WeightSource& source, int64_t max_positions,
                                                 Device& device, int threads, LoadProgress& progress) {
   SharedWeights weights;

@@ -51,10 +51,6 @@ struct LoadProgress {
   std::atomic<int64_t> loaded_bytes{0};
 };
 
-// Bytes that a rank with `num_local_experts` will load in all.
-int64_t SharedWeightBytes(const ModelConfig& config);
-int64_t ExpertWeightBytes(const ModelConfig& config, int64_t num_local_experts);
-
 // Reads with `threads` threads. `max_positions`: rows of the rope table. Errors are the source's, or the device's.
 absl::StatusOr<SharedWeights> LoadSharedWeights(const ModelConfig& config, const WeightSource& source,
                                                 int64_t max_positions, Device& device, int threads,

@@ -12,6 +12,7 @@
 #include "base/status.h"
 #include "engine/comm/communicator.h"
 #include "engine/model/device_weights.h"
+#include "engine/model/footprint.h"
 #include "engine/model/weights.h"
 #include "engine/placement/parallel_plan.h"
 #include "engine/worker/worker.h"
@@ -202,7 +203,7 @@ absl::Status CheckOptions(const EngineOptions& options, const ModelConfig& confi
 absl::StatusOr<int32_t> ChooseBlocks(const EngineOptions& options, const ModelConfig& config, DType kv_dtype,
                                      int32_t max_model_len, int64_t free_bytes) {
   const int64_t per_sequence = (max_model_len + options.block_size - 1) / options.block_size;
-  const int64_t block_bytes = KvArena::BytesPerToken(config, kv_dtype) * options.block_size;
+  const int64_t block_bytes = KvBytesPerToken(config, kv_dtype) * options.block_size;
   if (options.num_blocks > 0) return options.num_blocks;
   if (options.num_blocks < 0) return InvalidArgument("num_blocks is {}, allowed: >= 0", options.num_blocks);
   const int64_t fit =
@@ -297,7 +298,7 @@ absl::StatusOr<std::unique_ptr<Engine>> CreateInProcessEngine(const EngineOption
   info.num_layers = static_cast<int>(config.num_layers);
   info.num_experts = static_cast<int>(config.num_experts);
   info.experts_per_token = static_cast<int>(config.experts_per_token);
-  info.kv_bytes_per_token = KvArena::BytesPerToken(config, kv_dtype);
+  info.kv_bytes_per_token = KvBytesPerToken(config, kv_dtype);
   info.weight_bytes_per_rank = shared->bytes() + experts[0].bytes();
   info.expert_rank = placement->expert_rank();
   ASSIGN_OR_RETURN(const int32_t num_blocks,

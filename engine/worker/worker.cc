@@ -18,10 +18,6 @@ int64_t PlanWords(const PlanLimits& limits) {
 
 }  // namespace
 
-int64_t KvArena::BytesPerToken(const ModelConfig& config, DType dtype) {
-  return 2LL * config.num_layers * config.num_kv_heads * config.head_dim * DTypeBytes(dtype);
-}
-
 absl::StatusOr<KvArena> KvArena::Create(const ModelConfig& config, const PlanLimits& limits, DType dtype,
                                         Device& device) {
   KvArena arena;

@@ -31,8 +31,6 @@ class KvArena {
   static absl::StatusOr<KvArena> Create(const ModelConfig& config, const PlanLimits& limits, DType dtype,
                                         Device& device);
   const std::vector<KvLayer>& layers() const { return layers_; }
-  // Keys and values of one token in all layers.
-  static int64_t BytesPerToken(const ModelConfig& config, DType dtype);
 
  private:
   std::vector<KvLayer> layers_;

@@ -13,6 +13,7 @@
 #include "engine/model/config.h"
 #include "engine/model/convert.h"
 #include "engine/model/device_weights.h"
+#include "engine/model/footprint.h"
 #include "engine/model/safetensors.h"
 #include "engine/model/weights.h"
 #include "gtest/gtest.h"

@@ -9,6 +9,7 @@
 #include "base/status.h"
 #include "engine/model/config.h"
 #include "engine/model/device_weights.h"
+#include "engine/model/footprint.h"
 #include "engine/model/weights.h"
 #include "engine/worker/worker.h"
 #include "gtest/gtest.h"
