@@ -160,6 +160,7 @@ absl::Status Demo(const DemoFlags& flags) {
   ASSIGN_OR_RETURN(const auto server, GrpcServer::Create("127.0.0.1:0", *frontend));
   ASSIGN_OR_RETURN(Runtime runtime, StartRuntime(flags.runtime));
   frontend->Start(*runtime.engine, *runtime.loop);
+  spdlog::set_level(spdlog::level::warn);  // the terminal belongs to the story
   const EngineInfo& info = runtime.engine->Info();
   fmt::print(stderr, "{}: {} experts on {} ranks, served over gRPC at {}\n", info.model_name, info.num_experts,
              info.num_ranks, server->address());

@@ -5,7 +5,7 @@ set -euo pipefail
 
 packages=(
   bazel-bootstrap=4.2.3 bazel-rules-java bazel-rules-proto bazel-platforms bazel-skylib
-  g++=4:12.2.0 clang-format-19=1:19.1.7 git ca-certificates
+  g++=4:12.2.0 python3-venv clang-format-19=1:19.1.7 git ca-certificates
   libabsl-dev=20220623.1 libgmock-dev=1.12.1 libgrpc++-dev=1.51.1 libgtest-dev=1.12.1 libhwy-dev=1.0.3
   libpcre2-dev=10.42 libprotobuf-dev=3.21.12 libspdlog-dev=1:1.10.0 libfmt-dev=9.1.0 libutf8proc-dev=2.8.0
   libcli11-dev=2.1.2 nlohmann-json3-dev=3.11.2 protobuf-compiler=3.21.12 protobuf-compiler-grpc=1.51.1
@@ -28,3 +28,14 @@ for package in "${packages[@]}"; do
   found=$(dpkg-query -W -f='${Version}' "${package%%=*}")
   [[ $found == "${package#*=}"* ]] || echo "install: ${package%%=*} is $found, tested with ${package#*=}" >&2
 done
+
+# Python packages of the tests, in a virtual environment beside the tree's top.
+top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+wheels=(grpcio==1.85.1 grpcio-reflection==1.85.1 grpcio-health-checking==1.85.1 protobuf==7.36.2)
+if [[ $(cat "$top/.venv/installed" 2>/dev/null) != "${wheels[*]}" ]]; then
+  echo "install: Python environment .venv with ${wheels[*]}" >&2
+  rm -rf "$top/.venv"
+  python3 -m venv "$top/.venv"
+  "$top/.venv/bin/pip" install --quiet --disable-pip-version-check "${wheels[@]}"
+  echo "${wheels[*]}" >"$top/.venv/installed"
+fi
