@@ -62,7 +62,7 @@ void AttendTask(const AttentionArgs& args, int sequence, int row_begin, int row_
       const int end = std::min(tile_end, position + 1);
       if (begin >= end) continue;
       float scores[kTile];
-      for (int p = begin; p < end; ++p) scores[p - begin] = Dot(query(h), keys[p - tile], dim) * args.scale;
+      DotRows(query(h), keys + (begin - tile), end - begin, dim, args.scale, scores);
       float max = running[h].max;
       for (int i = 0; i < end - begin; ++i) max = std::max(max, scores[i]);
       const float shrink = std::exp(running[h].max - max);
@@ -70,7 +70,7 @@ void AttendTask(const AttentionArgs& args, int sequence, int row_begin, int row_
       running[h].max = max;
       float* out = output(h);
       if (shrink != 1.0f) Scale(shrink, out, dim);
-      for (int p = begin; p < end; ++p) Axpy(scores[p - begin], values[p - tile], out, dim);
+      AxpyRows(scores, values + (begin - tile), end - begin, dim, out);
     }
   }
   for (int h = 0; h < heads; ++h) Scale(1.0f / running[h].sum, output(h), dim);

@@ -86,11 +86,11 @@ class CpuOps final : public Ops {
   void Route(const Tensor& x, const Tensor& gate, const Tensor& experts, const Tensor& weights, Stream&) override {
     const int64_t n = gate.rows, k = experts.cols;
     CHECK_LE(n, kMaxExperts);
+    const BFloat16* gates[kMaxExperts];
+    for (int64_t e = 0; e < n; ++e) gates[e] = gate.row<const BFloat16>(e);
     ForRows(x.rows, [&](int64_t i) {
       float logits[kMaxExperts];
-      for (int64_t e = 0; e < n; ++e) {
-        logits[e] = Dot(x.row<const float>(i), gate.row<const BFloat16>(e), x.cols);
-      }
+      DotRows(x.row<const float>(i), gates, static_cast<int>(n), x.cols, 1.0f, logits);
       int32_t* chosen = experts.row<int32_t>(i);
       float* weight = weights.row<float>(i);
       for (int64_t j = 0; j < k; ++j) {

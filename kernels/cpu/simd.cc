@@ -40,18 +40,78 @@ HWY_INLINE void StoreTail(V v, F d, float* p, int64_t n) {
 }
 HWY_INLINE float Reduce(F d, V v) { return hn::GetLane(hn::SumOfLanes(d, v)); }
 
-template <typename T>
-HWY_INLINE float DotT(const float* x, const T* y, int64_t n) {
+float DotF(const float* x, const float* y, int64_t n) {
   const F d;
   const int64_t lanes = hn::Lanes(d);
   V sum = hn::Zero(d);
   int64_t i = 0;
-  for (; i + lanes <= n; i += lanes) sum = hn::MulAdd(hn::LoadU(d, x + i), LoadWide(d, y + i), sum);
+  for (; i + lanes <= n; i += lanes) sum = hn::MulAdd(hn::LoadU(d, x + i), hn::LoadU(d, y + i), sum);
   if (i < n) sum = hn::MulAdd(LoadTail(d, x + i, n - i), LoadTail(d, y + i, n - i), sum);
   return Reduce(d, sum);
 }
-float DotF(const float* x, const float* y, int64_t n) { return DotT(x, y, n); }
-float DotB(const float* x, const BFloat16* y, int64_t n) { return DotT(x, y, n); }
+
+// Dot of x with each of kRows rows; every row in the same order of summation.
+template <int kRows, typename T>
+HWY_INLINE void DotSome(const float* x, const T* const* rows, int64_t n, float scale, float* out) {
+  const F d;
+  const int64_t lanes = hn::Lanes(d);
+  V sum[kRows];
+  for (V& s : sum) s = hn::Zero(d);
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) {
+    const V vx = hn::LoadU(d, x + i);
+    for (int r = 0; r < kRows; ++r) sum[r] = hn::MulAdd(vx, LoadWide(d, rows[r] + i), sum[r]);
+  }
+  if (i < n) {
+    const V vx = LoadTail(d, x + i, n - i);
+    for (int r = 0; r < kRows; ++r) sum[r] = hn::MulAdd(vx, LoadTail(d, rows[r] + i, n - i), sum[r]);
+  }
+  for (int r = 0; r < kRows; ++r) out[r] = Reduce(d, sum[r]) * scale;
+}
+template <typename T>
+HWY_INLINE void DotRowsT(const float* x, const T* const* rows, int count, int64_t n, float scale, float* out) {
+  int r = 0;
+  for (; r + 4 <= count; r += 4) DotSome<4>(x, rows + r, n, scale, out + r);
+  for (; r < count; ++r) DotSome<1>(x, rows + r, n, scale, out + r);
+}
+void DotRowsF(const float* x, const float* const* rows, int count, int64_t n, float scale, float* out) {
+  DotRowsT(x, rows, count, n, scale, out);
+}
+void DotRowsB(const float* x, const BFloat16* const* rows, int count, int64_t n, float scale, float* out) {
+  DotRowsT(x, rows, count, n, scale, out);
+}
+
+// kVectors of y stay in registers while all rows are added, in order.
+template <int kVectors, typename T>
+HWY_INLINE void AddRowsTo(const float* a, const T* const* rows, int count, int64_t at, float* y) {
+  const F d;
+  const int64_t lanes = hn::Lanes(d);
+  V sum[kVectors];
+  for (int v = 0; v < kVectors; ++v) sum[v] = hn::LoadU(d, y + at + v * lanes);
+  for (int r = 0; r < count; ++r) {
+    const V va = hn::Set(d, a[r]);
+    for (int v = 0; v < kVectors; ++v) sum[v] = hn::MulAdd(va, LoadWide(d, rows[r] + at + v * lanes), sum[v]);
+  }
+  for (int v = 0; v < kVectors; ++v) hn::StoreU(sum[v], d, y + at + v * lanes);
+}
+template <typename T>
+HWY_INLINE void AxpyRowsT(const float* a, const T* const* rows, int count, int64_t n, float* y) {
+  const F d;
+  const int64_t lanes = hn::Lanes(d);
+  int64_t i = 0;
+  for (; i + 4 * lanes <= n; i += 4 * lanes) AddRowsTo<4>(a, rows, count, i, y);
+  for (; i + lanes <= n; i += lanes) AddRowsTo<1>(a, rows, count, i, y);
+  if (i == n) return;
+  V sum = LoadTail(d, y + i, n - i);
+  for (int r = 0; r < count; ++r) sum = hn::MulAdd(hn::Set(d, a[r]), LoadTail(d, rows[r] + i, n - i), sum);
+  StoreTail(sum, d, y + i, n - i);
+}
+void AxpyRowsF(const float* a, const float* const* rows, int count, int64_t n, float* y) {
+  AxpyRowsT(a, rows, count, n, y);
+}
+void AxpyRowsB(const float* a, const BFloat16* const* rows, int count, int64_t n, float* y) {
+  AxpyRowsT(a, rows, count, n, y);
+}
 
 // y = f(y, x) elementwise.
 template <typename T, typename Function>
@@ -63,9 +123,6 @@ HWY_INLINE void Map(float* y, const T* x, int64_t n, const Function& function) {
   if (i < n) StoreTail(function(d, LoadTail(d, y + i, n - i), LoadTail(d, x + i, n - i)), d, y + i, n - i);
 }
 void AxpyF(float a, const float* x, float* y, int64_t n) {
-  Map(y, x, n, [a](F d, V vy, V vx) HWY_ATTR { return hn::MulAdd(hn::Set(d, a), vx, vy); });
-}
-void AxpyB(float a, const BFloat16* x, float* y, int64_t n) {
   Map(y, x, n, [a](F d, V vy, V vx) HWY_ATTR { return hn::MulAdd(hn::Set(d, a), vx, vy); });
 }
 void ScaleF(float a, float* y, int64_t n) {
@@ -199,9 +256,11 @@ HWY_AFTER_NAMESPACE();
 namespace soloist {
 
 HWY_EXPORT(DotF);
-HWY_EXPORT(DotB);
+HWY_EXPORT(DotRowsF);
+HWY_EXPORT(DotRowsB);
+HWY_EXPORT(AxpyRowsF);
+HWY_EXPORT(AxpyRowsB);
 HWY_EXPORT(AxpyF);
-HWY_EXPORT(AxpyB);
 HWY_EXPORT(ScaleF);
 HWY_EXPORT(WidenB);
 HWY_EXPORT(SiluGateF);
@@ -212,9 +271,19 @@ HWY_EXPORT(FmaLoopF);
 HWY_EXPORT(ReadLoopF);
 
 float Dot(const float* x, const float* y, int64_t n) { return HWY_DYNAMIC_DISPATCH(DotF)(x, y, n); }
-float Dot(const float* x, const BFloat16* y, int64_t n) { return HWY_DYNAMIC_DISPATCH(DotB)(x, y, n); }
 void Axpy(float a, const float* x, float* y, int64_t n) { HWY_DYNAMIC_DISPATCH(AxpyF)(a, x, y, n); }
-void Axpy(float a, const BFloat16* x, float* y, int64_t n) { HWY_DYNAMIC_DISPATCH(AxpyB)(a, x, y, n); }
+void DotRows(const float* x, const float* const* rows, int count, int64_t n, float scale, float* out) {
+  HWY_DYNAMIC_DISPATCH(DotRowsF)(x, rows, count, n, scale, out);
+}
+void DotRows(const float* x, const BFloat16* const* rows, int count, int64_t n, float scale, float* out) {
+  HWY_DYNAMIC_DISPATCH(DotRowsB)(x, rows, count, n, scale, out);
+}
+void AxpyRows(const float* a, const float* const* rows, int count, int64_t n, float* y) {
+  HWY_DYNAMIC_DISPATCH(AxpyRowsF)(a, rows, count, n, y);
+}
+void AxpyRows(const float* a, const BFloat16* const* rows, int count, int64_t n, float* y) {
+  HWY_DYNAMIC_DISPATCH(AxpyRowsB)(a, rows, count, n, y);
+}
 void Scale(float a, float* y, int64_t n) { HWY_DYNAMIC_DISPATCH(ScaleF)(a, y, n); }
 void Widen(const BFloat16* x, float* out, int64_t n) { HWY_DYNAMIC_DISPATCH(WidenB)(x, out, n); }
 void SiluGate(float* gate, const float* up, int64_t n) { HWY_DYNAMIC_DISPATCH(SiluGateF)(gate, up, n); }

@@ -12,10 +12,14 @@ namespace soloist {
 
 // sum x[i] * y[i].
 float Dot(const float* x, const float* y, int64_t n);
-float Dot(const float* x, const BFloat16* y, int64_t n);
+// out[r] = scale * sum x[i] * rows[r][i], for r in [0, count).
+void DotRows(const float* x, const float* const* rows, int count, int64_t n, float scale, float* out);
+void DotRows(const float* x, const BFloat16* const* rows, int count, int64_t n, float scale, float* out);
 // y += a * x.
 void Axpy(float a, const float* x, float* y, int64_t n);
-void Axpy(float a, const BFloat16* x, float* y, int64_t n);
+// y += sum over r of a[r] * rows[r], in order of r.
+void AxpyRows(const float* a, const float* const* rows, int count, int64_t n, float* y);
+void AxpyRows(const float* a, const BFloat16* const* rows, int count, int64_t n, float* y);
 // y *= a.
 void Scale(float a, float* y, int64_t n);
 // out = float(x).
