@@ -57,7 +57,8 @@ __m512 ReduceAll(const __m512 (&v)[4][4]) {
   return _mm512_add_ps(_mm512_shuffle_ps(p, q, 0x88), _mm512_shuffle_ps(p, q, 0xdd));
 }
 
-// Rows of w ahead of those in work that are asked for: the streams of a block are too short for the hardware.
+// Rows of w ahead of those in work that are fetched into the second-level cache. Measured on an EPYC with 2 cores, 1024
+// columns: 28 GB/s without, 33 GB/s with, as a plain read; into the first-level cache it does not help.
 constexpr int64_t kPrefetchRows = 8;
 
 template <int M, int N>
@@ -69,7 +70,7 @@ void Micro(const GemmTile& t, const Split& x, int64_t j) {
   const BFloat16* w = t.w + j * t.w_stride;
   const auto step = [&](int64_t i, auto load) {
     for (int b = 0; b < N; ++b) {
-      if (M == 1) _mm_prefetch(w + (b + kPrefetchRows) * t.w_stride + i, _MM_HINT_T0);
+      if (M == 1) _mm_prefetch(w + (b + kPrefetchRows) * t.w_stride + i, _MM_HINT_T1);
       const __m512i bits = load(w + b * t.w_stride + i);
       for (int a = 0; a < M; ++a) {
         sum[a][b] = _mm512_dpbf16_ps(sum[a][b], (__m512bh)Bits(x.high[a] + i), (__m512bh)bits);
