@@ -41,7 +41,7 @@ void SplitRow(const float* x, int64_t k, uint16_t* high, uint16_t* low) {
 
 // Sums of the lanes of 16 vectors, [a][b] in lane 4 a + b: each by the tree i + (i + 8), + 4, + 2, + 1, as
 // _mm512_reduce_add_ps does, with a third of its instructions.
-__m512 ReduceAll(const __m512 (&v)[4][4]) {
+[[gnu::always_inline]] inline __m512 ReduceAll(const __m512 (&v)[4][4]) {
   const auto halves = [](__m512 p, __m512 q) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(p, q, 0x44), _mm512_shuffle_f32x4(p, q, 0xee));
   };
