@@ -3,6 +3,7 @@
 #include <queue>
 #include <tuple>
 
+#include "base/status.h"
 #include "server/tokenizer/utf8.h"
 
 namespace soloist {
@@ -28,6 +29,58 @@ struct Candidate {
 };
 
 }  // namespace
+
+absl::Status BpeModel::Parse(const Json& model) {
+  if (!model.is_object()) return InvalidArgument("model is missing");
+  const std::string type = IsSet(model, "type") ? TypeOf(model) : "BPE";
+  if (type != "BPE") return InvalidArgument("model type '{}' is not supported, only BPE", type);
+  for (const char* name : {"dropout", "continuing_subword_prefix", "end_of_word_suffix"}) {
+    if (IsSet(model, name) && Member(model, name) != "" && Member(model, name) != 0) {
+      return InvalidArgument("model.{} is {}: not supported", name, Member(model, name).dump());
+    }
+  }
+  if (!IsSet(model, "vocab") || !model["vocab"].is_object()) return InvalidArgument("model.vocab is missing");
+  for (const auto& [token, id] : model["vocab"].items()) {
+    ASSIGN_OR_RETURN(vocab[token], ToTokenId(id, fmt::format("model.vocab['{}']", token)));
+  }
+  if (!IsSet(model, "merges") || !model["merges"].is_array()) return InvalidArgument("model.merges is missing");
+  int32_t rank = 0;
+  for (const Json& merge : model["merges"]) {
+    std::string left, right;
+    if (merge.is_string()) {
+      const std::string both = merge.get<std::string>();
+      const size_t space = both.find(' ', 1);
+      if (space == std::string::npos) return InvalidArgument("model.merges[{}] is '{}'", rank, both);
+      left = both.substr(0, space);
+      right = both.substr(space + 1);
+    } else if (merge.is_array() && merge.size() == 2 && merge[0].is_string() && merge[1].is_string()) {
+      left = merge[0].get<std::string>();
+      right = merge[1].get<std::string>();
+    } else {
+      return InvalidArgument("model.merges[{}] is neither a string nor a pair", rank);
+    }
+    const auto a = vocab.find(left), b = vocab.find(right), merged = vocab.find(left + right);
+    if (a == vocab.end() || b == vocab.end() || merged == vocab.end()) {
+      return InvalidArgument("model.merges[{}]: '{}' + '{}' is not in the vocabulary", rank, left, right);
+    }
+    merges.try_emplace(Pair(a->second, b->second), Merge{rank, merged->second});
+    ++rank;
+  }
+  byte_fallback = Flag(model, "byte_fallback", false);
+  fuse_unk = Flag(model, "fuse_unk", false);
+  ignore_merges = Flag(model, "ignore_merges", false);
+  if (IsSet(model, "unk_token")) {
+    const auto it = vocab.find(Text(model, "unk_token"));
+    if (it == vocab.end())
+      return InvalidArgument("model.unk_token {} is not in the vocabulary", model["unk_token"].dump());
+    unk_id = it->second;
+  }
+  for (int b = 0; b < 256; ++b) {
+    const auto it = vocab.find(fmt::format("<0x{:02X}>", b));
+    byte_ids[b] = it == vocab.end() ? -1 : it->second;
+  }
+  return absl::OkStatus();
+}
 
 void BpeModel::Encode(std::string_view word, std::vector<int32_t>& ids) const {
   if (ignore_merges) {

@@ -2,11 +2,15 @@
 #ifndef SOLOIST_SERVER_TOKENIZER_BPE_H_
 #define SOLOIST_SERVER_TOKENIZER_BPE_H_
 
+#include <array>
 #include <cstdint>
 #include <string>
 #include <string_view>
 #include <unordered_map>
 #include <vector>
+
+#include "absl/status/status.h"
+#include "server/tokenizer/json_access.h"
 
 namespace soloist {
 
@@ -21,8 +25,10 @@ struct BpeModel {
   bool fuse_unk = false;                       // unknowns in a row become one
   bool ignore_merges = false;                  // a word that is in the vocabulary is that token
   int32_t unk_id = -1;                         // -1: unknown characters vanish
-  int32_t byte_ids[256];                       // of <0xXX>; -1: none
+  std::array<int32_t, 256> byte_ids{};         // of <0xXX>; -1: none
 
+  // tokenizer.json's "model". INVALID_ARGUMENT names what is missing, wrong or not supported.
+  absl::Status Parse(const Json& model);
   // Appends the ids of `word`, well-formed UTF-8.
   void Encode(std::string_view word, std::vector<int32_t>& ids) const;
 };

@@ -1,44 +1,50 @@
-// Splits text into words before BPE: regular expressions through PCRE2 (UTF mode, Unicode classes), and GPT-2's mapping
-// of bytes to printable characters.
+// PreTokenizer: splits normalized text into the words that BPE works on.
 #ifndef SOLOIST_SERVER_TOKENIZER_PRE_TOKENIZER_H_
 #define SOLOIST_SERVER_TOKENIZER_PRE_TOKENIZER_H_
 
 #include <functional>
-#include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
+#include <vector>
 
-#include "absl/status/statusor.h"
-
-struct pcre2_real_code_8;
+#include "absl/status/status.h"
+#include "server/tokenizer/json_access.h"
+#include "server/tokenizer/regex.h"
 
 namespace soloist {
 
-// GPT-2's pattern, which ByteLevel uses.
-extern const char kGpt2Pattern[];
-
-// A compiled pattern. Thread-safe.
-class Splitter {
+// ByteLevel, Split (all behaviours), Metaspace, Digits, Punctuation, Whitespace, WhitespaceSplit, CharDelimiterSplit,
+// and sequences of them. Immutable once made; thread-safe.
+class PreTokenizer {
  public:
-  // INVALID_ARGUMENT with PCRE2's message.
-  static absl::StatusOr<Splitter> Compile(const std::string& pattern);
+  // Appends a component of tokenizer.json. INVALID_ARGUMENT names what is not supported.
+  absl::Status Add(const Json& component);
 
-  // Calls `word` for each match and each stretch between matches, in order ("Isolated"). A text on which the matcher
-  // gives up (its own limits) is one word from there on.
-  void Split(std::string_view text, const std::function<void(std::string_view)>& word) const;
+  // Calls `word` for each word, in order, in the vocabulary's spelling. `at_start`: the text is the beginning of the
+  // whole input.
+  using Word = std::function<void(std::string_view)>;
+  void Split(std::string_view text, bool at_start, const Word& word) const;
 
  private:
-  struct FreeCode {
-    void operator()(pcre2_real_code_8* code) const;
+  // How matches of a pattern and what lies between them become words.
+  enum class Behavior { kRemoved, kIsolated, kMergedWithPrevious, kMergedWithNext, kContiguous };
+  enum class Prepend { kAlways, kFirst, kNever };
+  struct Step {
+    enum Kind { kSplit, kByteLevel, kMetaspace } kind;
+    std::optional<Regex> regex;  // kSplit; kByteLevel and kMetaspace: if they split
+    Behavior behavior = Behavior::kIsolated;
+    bool invert = false;
+    Prepend prepend = Prepend::kNever;
+    std::string replacement;  // kMetaspace: what stands for a space
   };
-  explicit Splitter(pcre2_real_code_8* code) : code_(code) {}
-  std::unique_ptr<pcre2_real_code_8, FreeCode> code_;
-};
+  static absl::StatusOr<Behavior> ParseBehavior(const std::string& name, const std::string& type);
+  absl::Status AddSplit(const std::string& pattern, Behavior behavior, bool invert);
+  void Run(size_t step, std::string_view text, bool at_start, const Word& word) const;
+  static void Cut(const Step& step, std::string_view text, const Word& word);
 
-// Each byte as the character that stands for it in a byte-level vocabulary.
-std::string ToByteLevel(std::string_view bytes);
-// And back; a character that stands for no byte stays as it is.
-std::string FromByteLevel(std::string_view text);
+  std::vector<Step> steps_;
+};
 
 }  // namespace soloist
 

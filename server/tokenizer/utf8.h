@@ -21,6 +21,15 @@ Utf8Step NextUtf8(std::string_view text);
 // text with every ill-formed part replaced.
 std::string RepairUtf8(std::string_view text);
 
+// The code point of the character that well-formed `text` begins with.
+char32_t FirstCodePoint(std::string_view text);
+// Bytes of white space (Unicode's White_Space) at the beginning and at the end of well-formed text.
+size_t LeadingSpace(std::string_view text);
+size_t TrailingSpace(std::string_view text);
+// Whether well-formed text begins or ends with a word character: a letter, mark, digit or connector.
+bool BeginsWithWord(std::string_view text);
+bool EndsWithWord(std::string_view text);
+
 }  // namespace soloist
 
 #endif  // SOLOIST_SERVER_TOKENIZER_UTF8_H_

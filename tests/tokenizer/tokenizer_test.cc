@@ -116,10 +116,12 @@ TEST(TokenizerTest, RefusesByName) {
     EXPECT_NE(std::string(tokenizer.status().message()).find(says), std::string::npos) << tokenizer.status().ToString();
   };
   refused(R"("type":"BPE")", R"("type":"WordPiece")", "WordPiece");
-  refused(R"("pre_tokenizer":null)", R"("pre_tokenizer":{"type":"Metaspace"})", "Metaspace");
+  refused(R"("pre_tokenizer":null)", R"("pre_tokenizer":{"type":"UnicodeScripts"})", "UnicodeScripts");
+  refused(R"("pre_tokenizer":null)",
+          R"("pre_tokenizer":{"type":"Split","pattern":{"Regex":"("},"behavior":"Isolated"})", "pattern '('");
   refused(R"({"type":"Prepend","prepend":"▁"})", R"({"type":"Lowercase"})", "Lowercase");
   refused(R"({"type":"Fuse"})", R"({"type":"CTC"})", "CTC");
-  refused(R"("special":true)", R"("special":true,"lstrip":true)", "lstrip");
+  refused(R"("id":1,"content":"<s>")", R"("id":-1,"content":"<s>")", "'<s>' is -1");
   refused(R"("a b")", R"("a c")", "'a' + 'c'");
   refused(R"("<unk>":0)", R"("<unk>":-1)", "-1");
   EXPECT_FALSE(Tokenizer::FromJson("[]", "").ok());
