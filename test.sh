@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what is missing, builds and runs all tests. Ends with a line "N passed, N failed".
 set -uo pipefail
-cd "$(dirname "$0")"
+cd "$(dirname "$0")" || exit
 
 passed=0
 failed=0
@@ -39,7 +39,24 @@ stage "format"
 git ls-files '*.h' '*.cc' | xargs -r clang-format-19 --dry-run -Werror
 result "format" $?
 
+stage "structure: who includes whom, file sizes, visibility"
+python3 tests/structure/check_structure.py --self-test .
+result "structure" $?
+
+stage "shell scripts"
+git ls-files '*.sh' .ci/run | xargs -r shellcheck
+result "shellcheck" $?
+
 bazel_test "optimised" //...
+
+stage "clang-tidy (some minutes the first time)"
+tests/tidy.sh
+result "clang-tidy" $?
+
+stage "fuzz: five targets, 20 s each"
+tests/fuzz/run.sh 20
+result "fuzz" $?
+
 bazel_test "address and undefined behaviour" --config=asan //...
 bazel_test "threads" --config=tsan --test_tag_filters=threaded,-gpu //...
 

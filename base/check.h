@@ -37,7 +37,7 @@ template <typename A, typename B>
 // For a Status that can only be bad through a bug of ours.
 #define CHECK_OK(expr)                                                                                  \
   do {                                                                                                  \
-    const absl::Status check_status = (expr);                                                           \
+    const absl::Status& check_status = (expr);                                                          \
     if (!check_status.ok()) ::soloist::CheckFailed(__FILE__, __LINE__, #expr, check_status.ToString()); \
   } while (false)
 

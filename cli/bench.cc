@@ -1,6 +1,7 @@
 // soloist bench engine: the engine without a network. Prefill and decode rates, TPOT, bytes and FLOPs per step, and the
 // share of what this machine's memory and multipliers reach in the same run.
 #include <algorithm>
+#include <cmath>
 #include <condition_variable>
 #include <memory>
 #include <mutex>
@@ -148,7 +149,7 @@ Work WorkOf(const StepRecord& step, const ModelConfig& c, const EngineInfo& info
 double Quantile(std::vector<double> values, double q) {
   if (values.empty()) return 0;
   std::sort(values.begin(), values.end());
-  return values[static_cast<size_t>(q * static_cast<double>(values.size() - 1) + 0.5)];
+  return values[std::lround(q * static_cast<double>(values.size() - 1))];
 }
 
 struct Phase {

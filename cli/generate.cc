@@ -218,10 +218,12 @@ absl::Status Generate(GenerateFlags flags) {
     output_tokens += sinks[i]->events().size();
     prompt_tokens += inputs[i].prompt.size();
     if (flags.json) {
-      std::cout << ToJson(inputs[i], *sinks[i]).dump(-1, ' ', false, Json::error_handler_t::replace) << std::endl;
+      std::cout << ToJson(inputs[i], *sinks[i]).dump(-1, ' ', false, Json::error_handler_t::replace) << "\n"
+                << std::flush;
     } else if (many) {
       std::cout << fmt::format("--- {} ({})\n{}", i + 1, FinishReasonName(sinks[i]->finish().reason), sinks[i]->text())
-                << std::endl;
+                << "\n"
+                << std::flush;
     }
     failed.Update(sinks[i]->finish().error);
   }

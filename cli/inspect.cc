@@ -132,7 +132,7 @@ absl::Status Inspect(const InspectFlags& flags) {
     out["layouts"].push_back(Layout(config, flags, ranks, kv_bytes, context));
   }
   if (flags.json) {
-    std::cout << out.dump(2) << std::endl;
+    std::cout << out.dump(2) << "\n";
   } else {
     PrintTable(out);
   }

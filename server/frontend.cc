@@ -10,7 +10,7 @@ namespace soloist {
 
 Frontend::Frontend(FrontendOptions options, ModelDescription model, std::unique_ptr<const Tokenizer> tokenizer,
                    const Clock& clock)
-    : options_(std::move(options)),
+    : options_(options),
       model_(std::move(model)),
       tokenizer_(std::move(tokenizer)),
       clock_(clock),
@@ -57,7 +57,7 @@ absl::Status Frontend::Reserve(const std::string& request_id) {
   return absl::OkStatus();
 }
 
-void Frontend::Generate(GenerationRequest request, Callbacks callbacks) {
+void Frontend::Generate(GenerationRequest request, const Callbacks& callbacks) {
   absl::Status status = Accepting();
   if (status.ok()) status = Validate(request, options_.limits, engine()->Info().limits);
   if (!status.ok()) return callbacks.refused(status);

@@ -82,7 +82,7 @@ class Frontend {
   // Exactly one of accepted and refused is called, perhaps before Generate returns (small prompts), perhaps later.
   // Statuses: INVALID_ARGUMENT, ALREADY_EXISTS, RESOURCE_EXHAUSTED, UNAVAILABLE. The stream counts as open until
   // Closed(id) is called.
-  void Generate(GenerationRequest request, Callbacks callbacks);
+  void Generate(GenerationRequest request, const Callbacks& callbacks);
   // Frees the request's memory; its outputs end with kCancelled. Unknown ids are ignored.
   void Cancel(const std::string& request_id);
   // As Cancel; NOT_FOUND if no such request is open.

@@ -5,7 +5,8 @@ set -euo pipefail
 
 packages=(
   bazel-bootstrap=4.2.3 bazel-rules-java bazel-rules-proto bazel-platforms bazel-skylib
-  g++=4:12.2.0 python3-venv clang-format-19=1:19.1.7 git ca-certificates
+  "g++=4:12.2.0" python3-venv clang-format-19=1:19.1.7 clang-19=1:19.1.7 clang-tidy-19=1:19.1.7
+  libclang-rt-19-dev=1:19.1.7 libfuzzer-19-dev=1:19.1.7 shellcheck git ca-certificates
   libabsl-dev=20220623.1 libgmock-dev=1.12.1 libgrpc++-dev=1.51.1 libgtest-dev=1.12.1 libhwy-dev=1.0.3
   libpcre2-dev=10.42 libprotobuf-dev=3.21.12 libspdlog-dev=1:1.10.0 libfmt-dev=9.1.0 libutf8proc-dev=2.8.0
   libcli11-dev=2.1.2 nlohmann-json3-dev=3.11.2 protobuf-compiler=3.21.12 protobuf-compiler-grpc=1.51.1

@@ -38,7 +38,7 @@ absl::StatusOr<Checkpoint> Checkpoint::Open(const std::string& model_dir) {
     }
     const SafetensorsFile*& file = shards[file_name];
     if (file == nullptr) {
-      ASSIGN_OR_RETURN(auto opened, SafetensorsFile::Open(model_dir + "/" + file_name));
+      ASSIGN_OR_RETURN(auto opened, SafetensorsFile::Open(fmt::format("{}/{}", model_dir, file_name)));
       file = opened.get();
       checkpoint.files_.push_back(std::move(opened));
     }

@@ -35,8 +35,11 @@ absl::Status BpeModel::Parse(const Json& model) {
   const std::string type = IsSet(model, "type") ? TypeOf(model) : "BPE";
   if (type != "BPE") return InvalidArgument("model type '{}' is not supported, only BPE", type);
   for (const char* name : {"dropout", "continuing_subword_prefix", "end_of_word_suffix"}) {
-    if (IsSet(model, name) && Member(model, name) != "" && Member(model, name) != 0) {
-      return InvalidArgument("model.{} is {}: not supported", name, Member(model, name).dump());
+    const Json& value = Member(model, name);
+    const bool off = value.is_null() || value == 0 || (value.is_string() && value.get<std::string>().empty());
+    if (!off) {
+      return InvalidArgument("model.{} is {}: not supported", name,
+                             value.dump(-1, ' ', false, Json::error_handler_t::replace));
     }
   }
   if (!IsSet(model, "vocab") || !model["vocab"].is_object()) return InvalidArgument("model.vocab is missing");

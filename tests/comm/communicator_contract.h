@@ -33,7 +33,7 @@ inline void PrintTo(const CommBackend& backend, std::ostream* out) { *out << bac
 class CommunicatorContract : public testing::TestWithParam<CommBackend> {
  protected:
   // Far longer than any test takes: a test that hangs ends with an error instead.
-  static constexpr absl::Duration kLong = absl::Seconds(120);
+  static constexpr absl::Duration kLong = absl::Seconds(40);
 
   int size() const { return GetParam().size; }
   TestGroup Make(absl::Duration timeout = kLong) const { return GetParam().make(size(), {.timeout = timeout}); }

@@ -2,7 +2,7 @@
 # run.sh SECONDS [TARGET...]: builds the fuzz targets and runs each for so long on its corpus. New inputs go to a
 # scratch folder; an input that fails is kept in tests/fuzz/findings/ (run the binary with it to reproduce).
 set -uo pipefail
-cd "$(dirname "$0")/../.."
+cd "$(dirname "$0")/../.." || exit
 seconds=${1:?seconds per target}
 shift
 targets=("$@")

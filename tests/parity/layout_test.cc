@@ -29,7 +29,7 @@ std::vector<Request> MixedRequests(int32_t vocab_size) {
     s.ignore_eos = true;
     s.return_logits = true;
     s.temperature = i % 2 == 0 ? 0.0f : 0.9f;
-    s.seed = static_cast<uint64_t>(1000 + i);
+    s.seed = 1000 + static_cast<uint64_t>(i);
     if (i % 3 == 0) s.repetition_penalty = 1.3f;
     if (i % 5 == 0) s.presence_penalty = 0.5f, s.frequency_penalty = 0.25f;
     if (i % 7 == 0) s.top_k = 40, s.top_p = 0.9f, s.min_p = 0.01f;

@@ -40,7 +40,7 @@ StepPlan Plan(int64_t step, std::vector<int32_t> tokens, int32_t first, std::vec
   return plan;
 }
 
-int32_t Next(std::vector<int32_t> tokens) {
+int32_t Next(const std::vector<int32_t>& tokens) {
   SimulatedSequence sequence;
   for (const int32_t token : tokens) sequence.Append(token);
   SamplingRow row;

@@ -33,7 +33,7 @@ struct Asked {
   std::shared_ptr<RecordingSink> sink;
 };
 
-Asked Ask(Request request, int accept = -1) {
+Asked Ask(const Request& request, int accept = -1) {
   auto sink = std::make_shared<RecordingSink>(request.num_outputs, accept);
   Asked asked{request, sink};
   asked.request.sink = sink;

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# clang-tidy over all of our sources, two at a time. A file whose text, headers and settings have not changed since it
+# was found clean is not looked at again (cache in $HOME/.cache/soloist/tidy). Needs the generated protobuf headers:
+# bazel build //proto:soloist_v1.
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit
+cache=$HOME/.cache/soloist/tidy
+mkdir -p "$cache"
+bin=$(bazel info bazel-bin 2>/dev/null)
+# What bazel passes to every file, and what simd_bf16.cc and third-party headers need.
+flags=(-std=c++20 -I. "-I$bin" -Wall -Wextra -DHWY_BROKEN_EMU128=0 -DPCRE2_CODE_UNIT_WIDTH=8 -DSPDLOG_COMPILED_LIB -DSPDLOG_FMT_EXTERNAL)
+headers=$(git ls-files '*.h' .clang-tidy | sort | xargs sha256sum | sha256sum)
+check() {
+  local file=$1 key extra=()
+  case $file in
+    kernels/cpu/simd_bf16.cc) extra=(-mavx512f -mavx512bw -mavx512vl -mavx512bf16) ;;
+    *) ;;
+  esac
+  key=$( (echo "$headers" "${flags[@]}"; cat "$file") | sha256sum | cut -d' ' -f1)
+  [[ -e $cache/$key ]] && return 0
+  if clang-tidy-19 --quiet "$file" -- "${flags[@]}" "${extra[@]}" 2>/dev/null >"$cache/$key.log"; then
+    rm -f "$cache/$key.log"
+    touch "$cache/$key"
+  else
+    echo "== $file"
+    cat "$cache/$key.log"
+    rm -f "$cache/$key.log"
+    return 1
+  fi
+}
+export -f check
+export cache headers
+status=0
+mapfile -t files < <(git ls-files '*.cc')
+export flags_line="${flags[*]}"
+printf '%s\n' "${files[@]}" | xargs -P 2 -I{} bash -c 'read -ra flags <<<"$flags_line"; check {}' || status=1
+echo "tidy: ${#files[@]} files, $( ((status == 0)) && echo clean || echo with warnings)"
+exit "$status"
