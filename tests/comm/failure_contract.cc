@@ -289,8 +289,10 @@ TEST_P(CommunicatorContract, BuffersAreFreeAfterAnError) {
       const int n = rank.size(), me = rank.id();
       constexpr int64_t kBytes = 4096;
       for (int call = 0;; ++call) {
-        // In the deadline rounds all but one wait, give up at once, and the last comes at about that time.
-        if (by_deadline && call == 3 && me == round % n) absl::SleepFor(absl::Microseconds(2500 + random() % 1500));
+        // In the deadline rounds one rank comes at about the time when the others give up, and later with each call.
+        if (by_deadline && call >= 3 && me == round % n) {
+          absl::SleepFor(absl::Microseconds(2000 + random() % 1500 + 200 * (call - 3)));
+        }
         if (!by_deadline && me == round % n && call == 3 + round % 7) {
           std::thread([&] { rank.comm->Abort(absl::AbortedError("now")); }).join();
         }

@@ -1,6 +1,6 @@
 """64 concurrent streams with random cancels and slow readers: no error that was not asked for, nothing leaks.
 
-SOAK_SECONDS says how long (default 20). Also compares the throughput of 64 streams with that of one.
+SOAK_SECONDS says how long (default 20).
 """
 
 import collections
@@ -80,6 +80,8 @@ def used(load):
 
 class SoakTest(unittest.TestCase):
     def test_soak(self):
+        # Under the address sanitizer, freed memory would be kept as if it leaked.
+        os.environ["ASAN_OPTIONS"] = os.environ.get("ASAN_OPTIONS", "") + ":quarantine_size_mb=1"
         # A small pool: sequences are preempted.
         with Server("--ranks=4", "--num-blocks=96", "--max-sequences=32") as server:
             client = Client(server.address)
@@ -104,28 +106,6 @@ class SoakTest(unittest.TestCase):
             # 10% of what stands there, and some arena growth of malloc.
             self.assertLess(after, before * 1.1 + 8e6)
             self.assertEqual(server.terminate(), 0)
-
-    def test_batched_throughput(self):
-        """Printed; the bound is half of what is aimed at, since machines are noisy."""
-        with Server("--ranks=1") as server:
-            client = Client(server.address)
-
-            def rate(streams):
-                before, start = client.control("GetLoad").generated_tokens, time.time()
-                threads = [threading.Thread(target=lambda i=i: list(client.generate(
-                    text=PROMPTS[i % len(PROMPTS)], stop={"ignore_eos": True},
-                    sampling={"max_tokens": 200, "temperature": 0}))) for i in range(streams)]
-                for thread in threads:
-                    thread.start()
-                for thread in threads:
-                    thread.join()
-                return (client.control("GetLoad").generated_tokens - before) / (time.time() - start)
-
-            rate(1)
-            one, many = rate(1), rate(STREAMS)
-            client.close()
-            print(f"\n1 stream: {one:.0f} tokens/s; {STREAMS} streams: {many:.0f} tokens/s; ratio {many / one:.2f}")
-            self.assertGreater(many / one, 1.5)
 
 
 if __name__ == "__main__":
