@@ -27,8 +27,10 @@ absl::Status AddedTokens::Parse(const Json& list, const Normalizer& normalizer) 
   }
   for (auto& by_first : by_first_) {
     for (auto& [first, ids] : by_first) {
-      std::ranges::stable_sort(
-          ids, [this](int32_t a, int32_t b) { return tokens_.at(a).pattern.size() > tokens_.at(b).pattern.size(); });
+      std::ranges::sort(ids, [this](int32_t a, int32_t b) {
+        const size_t a_size = tokens_.at(a).pattern.size(), b_size = tokens_.at(b).pattern.size();
+        return a_size != b_size ? a_size > b_size : a < b;
+      });
     }
   }
   return absl::OkStatus();
