@@ -10,6 +10,7 @@ bin=$(bazel info bazel-bin 2>/dev/null)
 # What bazel passes to every file, and what simd_bf16.cc and third-party headers need.
 flags=(-std=c++20 -I. "-I$bin" -Wall -Wextra -DHWY_BROKEN_EMU128=0 -DPCRE2_CODE_UNIT_WIDTH=8 -DSPDLOG_COMPILED_LIB -DSPDLOG_FMT_EXTERNAL)
 headers=$(git ls-files '*.h' .clang-tidy | sort | xargs sha256sum | sha256sum)
+# shellcheck disable=SC2317  # xargs calls it
 check() {
   local file=$1 key extra=()
   case $file in

@@ -14,12 +14,8 @@
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   soloist::v1::GenerateRequest message;
   if (!message.ParseFromArray(data, static_cast<int>(size))) return 0;
-  const soloist::PlanLimits limits = {.vocab_size = 64,
-                                      .max_model_len = 128,
-                                      .num_blocks = 16,
-                                      .block_size = 4,
-                                      .max_tokens = 32,
-                                      .max_sequences = 8};
+  const soloist::PlanLimits limits = {
+      .vocab_size = 64, .max_model_len = 128, .num_blocks = 16, .block_size = 4, .max_tokens = 32, .max_sequences = 8};
   const soloist::GenerationRequest request = soloist::FromProto(message);
   if (!soloist::Validate(request, {.allow_logits = true}, limits).ok()) return 0;
   std::vector<int32_t> prompt;
