@@ -34,6 +34,7 @@ export cache headers
 status=0
 mapfile -t files < <(git ls-files '*.cc')
 export flags_line="${flags[*]}"
+# shellcheck disable=SC2016  # for the inner bash
 printf '%s\n' "${files[@]}" | xargs -P 2 -I{} bash -c 'read -ra flags <<<"$flags_line"; check {}' || status=1
 echo "tidy: ${#files[@]} files, $( ((status == 0)) && echo clean || echo with warnings)"
 exit "$status"
