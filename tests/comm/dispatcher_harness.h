@@ -1,0 +1,256 @@
+// Runs steps through TokenDispatchers, all ranks of a group at once, and checks what each expert gets. For
+// dispatcher_test.cc.
+//
+// Tokens are global: token t has the same row, experts and weights whatever its home, so that results can be compared
+// over group sizes. The experts here are cheap functions that move columns and differ in scale by many powers of ten:
+// a wrong row, a wrong expert or another order of summation gives other bits.
+#ifndef SOLOIST_TESTS_COMM_DISPATCHER_HARNESS_H_
+#define SOLOIST_TESTS_COMM_DISPATCHER_HARNESS_H_
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <map>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "engine/comm/dispatcher.h"
+#include "gtest/gtest.h"
+#include "tests/comm/comm_group.h"
+
+namespace soloist {
+
+struct RoutedToken {
+  std::vector<float> x;
+  std::vector<int32_t> experts;
+  std::vector<float> weights;
+};
+
+// out[d] of expert e is a function of e and one element of x. Not inlined: the reference and the ranks run the same
+// instructions, so they may be compared bit for bit.
+[[gnu::noinline]] inline void RunExpert(int expert, const float* x, int hidden, float* out) {
+  constexpr float kScale[] = {1.0f, 3e6f, -3e6f, 7e-4f, 11.0f};
+  for (int d = 0; d < hidden; ++d) {
+    out[d] = x[(d + expert) % hidden] * kScale[expert % 5] + static_cast<float>(expert);
+  }
+}
+
+inline bool SameBits(const std::vector<float>& a, const std::vector<float>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+
+// The definition: a token's experts' rows, weighted, added in the router's order. `weights` that are powers of two make
+// the products exact, so that it does not matter whether a backend fuses multiply and add.
+inline std::vector<float> ReferenceOutput(const RoutedToken& token) {
+  const int hidden = static_cast<int>(token.x.size());
+  std::vector<float> out(token.x.size(), 0.0f), y(token.x.size());
+  for (size_t j = 0; j < token.experts.size(); ++j) {
+    RunExpert(token.experts[j], token.x.data(), hidden, y.data());
+    for (int d = 0; d < hidden; ++d) out[d] += token.weights[j] * y[d];
+  }
+  return out;
+}
+
+// `top_k` different experts, in random order.
+inline std::vector<RoutedToken> RandomTokens(int64_t count, const DispatcherOptions& options, bool exact_weights,
+                                             uint32_t seed) {
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal(0, 1);
+  std::vector<RoutedToken> tokens(static_cast<size_t>(count));
+  std::vector<int32_t> experts(static_cast<size_t>(options.num_experts));
+  for (int32_t e = 0; e < options.num_experts; ++e) experts[e] = e;
+  for (RoutedToken& token : tokens) {
+    for (int d = 0; d < options.hidden_size; ++d) token.x.push_back(normal(random));
+    std::shuffle(experts.begin(), experts.end(), random);
+    token.experts.assign(experts.begin(), experts.begin() + options.top_k);
+    for (int j = 0; j < options.top_k; ++j) {
+      token.weights.push_back(exact_weights ? std::ldexp(1.0f, -static_cast<int>(random() % 6))
+                                            : std::abs(normal(random)) + 1e-3f);
+    }
+  }
+  return tokens;
+}
+
+// Device memory that is not zero when it is allocated: a dispatcher must write what it reads.
+class PoisoningDevice final : public Device {
+ public:
+  explicit PoisoningDevice(Device& device) : device_(device), stream_(*device.CreateStream()) {}
+  std::string Name() const override { return device_.Name(); }
+  absl::StatusOr<Buffer> Allocate(int64_t bytes) override { return Poisoned(device_.Allocate(bytes)); }
+  absl::StatusOr<Buffer> AllocatePinned(int64_t bytes) override { return Poisoned(device_.AllocatePinned(bytes)); }
+  absl::StatusOr<std::unique_ptr<Stream>> CreateStream() override { return device_.CreateStream(); }
+  void Copy(void* dst, const void* src, int64_t bytes, Stream& stream) override {
+    device_.Copy(dst, src, bytes, stream);
+  }
+  int64_t FreeBytes() const override { return device_.FreeBytes(); }
+  Ops& ops() override { return device_.ops(); }
+
+ private:
+  absl::StatusOr<Buffer> Poisoned(absl::StatusOr<Buffer> buffer) {
+    if (!buffer.ok()) return buffer;
+    const std::vector<uint8_t> poison(static_cast<size_t>(buffer->bytes()), 0xFF);  // NaN, or -1
+    device_.Copy(buffer->data(), poison.data(), buffer->bytes(), *stream_);
+    CHECK_OK(stream_->Synchronize());
+    return buffer;
+  }
+
+  Device& device_;
+  std::unique_ptr<Stream> stream_;
+};
+
+// One group of ranks with a dispatcher each.
+class DispatcherGroup {
+ public:
+  DispatcherGroup(int ranks, const DispatcherOptions& options, absl::Duration timeout = absl::Seconds(40))
+      : options_(options),
+        group_(ranks == 1 ? SelfTestGroup() : SharedMemoryTestGroup(ranks, {.timeout = timeout})),
+        local_experts_(static_cast<size_t>(ranks)) {
+    for (int e = 0; e < options.num_experts; ++e) local_experts_[options.expert_rank[e]].push_back(e);
+    for (TestRank& rank : group_.ranks) {
+      devices_.push_back(std::make_unique<PoisoningDevice>(*rank.device));
+      dispatchers_.push_back(CreateTokenDispatcher(options, *devices_.back(), *rank.comm).value());
+    }
+  }
+
+  int size() const { return group_.size(); }
+  TestGroup& group() { return group_; }
+  TokenDispatcher& dispatcher(int rank) { return *dispatchers_[rank]; }
+
+  // One step of `tokens`, of which home h has those in homes[h], in this order. Returns each token's output and fails
+  // the test where an expert does not get exactly its rows.
+  std::vector<std::vector<float>> Step(const std::vector<RoutedToken>& tokens,
+                                       const std::vector<std::vector<int>>& homes, DispatchLayout layout) {
+    int64_t max_tokens = 0;
+    for (const std::vector<int>& home : homes) max_tokens = std::max(max_tokens, std::ssize(home));
+    std::vector<std::vector<float>> outputs(tokens.size());
+    group_.Run([&](TestRank& rank) {
+      const std::vector<int>& mine = homes[rank.id()];
+      const Inputs in = MakeInputs(rank, tokens, mine);
+      const auto handle = dispatchers_[rank.id()]->Dispatch(in.x, in.experts, in.weights, max_tokens, *rank.stream);
+      ASSERT_EQ(handle.status(), absl::OkStatus());
+      EXPECT_EQ(handle->layout, layout);
+      RunExperts(rank, *handle, tokens, homes);
+
+      const int64_t stride = options_.hidden_size + kGap;
+      const Buffer out = rank.Upload(std::vector<float>(mine.size() * stride, kPoison));
+      Tensor out_tensor = in.x;
+      out_tensor.data = out.data();
+      ASSERT_EQ(rank.Finish(dispatchers_[rank.id()]->Combine(*handle, out_tensor, *rank.stream)), absl::OkStatus());
+      const std::vector<float> rows = rank.Download<float>(out.data(), std::ssize(mine) * stride);
+      for (size_t i = 0; i < mine.size(); ++i) {
+        const auto row = rows.begin() + static_cast<int64_t>(i) * stride;
+        outputs[mine[i]].assign(row, row + options_.hidden_size);
+        for (int64_t d = options_.hidden_size; d < stride; ++d) EXPECT_TRUE(std::isnan(row[d])) << "written past a row";
+      }
+      // What this step leaves behind must not help the next.
+      Poison(rank, handle->expert_input);
+      Poison(rank, handle->expert_output);
+    });
+    return outputs;
+  }
+
+  struct Inputs {
+    Buffer x_data, experts_data, weights_data;
+    Tensor x, experts, weights;
+  };
+  // Rows of x are further apart than they are long.
+  Inputs MakeInputs(TestRank& rank, const std::vector<RoutedToken>& tokens, const std::vector<int>& mine) const {
+    std::vector<float> x, weights;
+    std::vector<int32_t> experts;
+    for (const int t : mine) {
+      x.insert(x.end(), tokens[t].x.begin(), tokens[t].x.end());
+      x.insert(x.end(), kGap, kPoison);
+      experts.insert(experts.end(), tokens[t].experts.begin(), tokens[t].experts.end());
+      weights.insert(weights.end(), tokens[t].weights.begin(), tokens[t].weights.end());
+    }
+    Inputs in = {rank.Upload(x), rank.Upload(experts), rank.Upload(weights), {}, {}, {}};
+    const int64_t n = std::ssize(mine), k = options_.top_k, hidden = options_.hidden_size;
+    in.x = {in.x_data.data(), options_.dtype, n, hidden, hidden + kGap};
+    in.experts = in.experts_data.View<int32_t>(n, k);
+    in.weights = in.weights_data.View<float>(n, k);
+    return in;
+  }
+
+ private:
+  static constexpr int64_t kGap = 4;
+  static constexpr float kPoison = std::numeric_limits<float>::quiet_NaN();
+
+  static void Poison(TestRank& rank, const Tensor& tensor) {
+    const std::vector<uint8_t> poison(static_cast<size_t>(tensor.bytes()), 0xFF);
+    rank.device->Copy(tensor.data, poison.data(), tensor.bytes(), *rank.stream);
+    CHECK_OK(rank.stream->Synchronize());
+  }
+
+  // The rows that expert `e` must get: of source after source, token after token.
+  static std::vector<const std::vector<float>*> ExpectedRows(int e, const std::vector<RoutedToken>& tokens,
+                                                             const std::vector<std::vector<int>>& homes) {
+    std::vector<const std::vector<float>*> rows;
+    for (const std::vector<int>& home : homes) {
+      for (const int t : home) {
+        for (const int32_t chosen : tokens[t].experts) {
+          if (chosen == e) rows.push_back(&tokens[t].x);
+        }
+      }
+    }
+    return rows;
+  }
+
+  // Checks the groups and runs them; rows that belong to no group get NaN as their output.
+  void RunExperts(TestRank& rank, const DispatchHandle& handle, const std::vector<RoutedToken>& tokens,
+                  const std::vector<std::vector<int>>& homes) {
+    const int hidden = options_.hidden_size;
+    const int64_t rows = handle.expert_input.rows;
+    EXPECT_LE(rows, dispatchers_[rank.id()]->max_expert_rows());
+    ASSERT_EQ(handle.expert_output.rows, rows);
+    ASSERT_EQ(handle.expert_input.stride, hidden);
+    ASSERT_EQ(handle.expert_output.stride, hidden);
+    const std::vector<float> in = rank.Download<float>(handle.expert_input.data, rows * hidden);
+    std::vector<float> out(in.size(), kPoison);
+    std::vector<int> owner(static_cast<size_t>(rows), -1);
+
+    std::map<int, std::vector<int64_t>> rows_of;  // local expert: its rows, in the groups' order
+    int last = -1;
+    for (const ExpertRows& group : handle.groups) {
+      EXPECT_TRUE(group.expert == last || !rows_of.contains(group.expert)) << "an expert's groups are consecutive";
+      last = group.expert;
+      const int32_t count = rank.Download<int32_t>(group.row_count, 1)[0];
+      ASSERT_GE(count, 0);
+      ASSERT_LE(count, group.row_capacity);
+      ASSERT_GE(group.row_begin, 0);
+      ASSERT_LE(group.row_begin + group.row_capacity, rows);
+      for (int64_t i = group.row_begin; i < group.row_begin + count; ++i) {
+        EXPECT_EQ(owner[i], -1) << "row " << i << " belongs to two groups";
+        owner[i] = group.expert;
+        rows_of[group.expert].push_back(i);
+      }
+    }
+    const std::vector<int>& local = local_experts_[rank.id()];
+    for (const auto& [expert, its_rows] : rows_of) {
+      ASSERT_TRUE(expert >= 0 && expert < std::ssize(local)) << "local expert " << expert;
+    }
+    for (int l = 0; l < std::ssize(local); ++l) {
+      const std::vector<const std::vector<float>*> expected = ExpectedRows(local[l], tokens, homes);
+      const std::vector<int64_t>& got = rows_of[l];
+      ASSERT_EQ(got.size(), expected.size()) << "rows of expert " << local[l] << " on rank " << rank.id();
+      for (size_t i = 0; i < got.size(); ++i) {
+        const float* row = in.data() + got[i] * hidden;
+        ASSERT_EQ(std::memcmp(row, expected[i]->data(), static_cast<size_t>(hidden) * sizeof(float)), 0)
+            << "row " << i << " of expert " << local[l] << " on rank " << rank.id();
+        RunExpert(local[l], row, hidden, out.data() + got[i] * hidden);
+      }
+    }
+    rank.device->Copy(handle.expert_output.data, out.data(), handle.expert_output.bytes(), *rank.stream);
+    CHECK_OK(rank.stream->Synchronize());
+  }
+
+  const DispatcherOptions options_;
+  TestGroup group_;
+  std::vector<std::vector<int>> local_experts_;  // [rank][local expert]: expert id
+  std::vector<std::unique_ptr<Device>> devices_;
+  std::vector<std::unique_ptr<TokenDispatcher>> dispatchers_;  // destroyed before the communicators
+};
+
+}  // namespace soloist
+
+#endif  // SOLOIST_TESTS_COMM_DISPATCHER_HARNESS_H_
