@@ -1,12 +1,11 @@
 // The communicator of a group of one: every collective is a copy, or nothing.
 #include <cstring>
 #include <memory>
+#include <mutex>
 #include <span>
 
-#include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
-#include "absl/synchronization/mutex.h"
 #include "base/check.h"
 #include "engine/comm/communicator.h"
 
@@ -62,12 +61,12 @@ class SelfCommunicator final : public Communicator {
 
   void Abort(const absl::Status& reason) override {
     CHECK(!reason.ok());
-    absl::MutexLock lock(&mutex_);
+    const std::lock_guard lock(mutex_);
     error_.Update(reason);
   }
 
   absl::Status error() const override {
-    absl::MutexLock lock(&mutex_);
+    const std::lock_guard lock(mutex_);
     return error_;
   }
 
@@ -78,8 +77,8 @@ class SelfCommunicator final : public Communicator {
     return status;
   }
 
-  mutable absl::Mutex mutex_;
-  absl::Status error_ ABSL_GUARDED_BY(mutex_);
+  mutable std::mutex mutex_;
+  absl::Status error_;
 };
 
 }  // namespace

@@ -249,11 +249,13 @@ absl::Status SharedMemoryGroup::Recv(int rank, void* data, int64_t bytes, int fr
 void SharedMemoryGroup::Abort(const absl::Status& reason) {
   CHECK(!reason.ok());
   {
-    absl::MutexLock lock(&mutex_);
+    const std::lock_guard lock(mutex_);
     if (!error_.ok()) return;
     error_ = reason;
+    // Under the lock: a second rank whose time is over finds the error set and leaves with its buffers, so a late rank
+    // must see the bit by then.
+    word_.fetch_or(kAborted);
   }
-  word_.fetch_or(kAborted);
   FutexWakeAll(word_);
   for (Mailbox& box : mailboxes_) {
     box.state.fetch_or(kAborted);
@@ -262,7 +264,7 @@ void SharedMemoryGroup::Abort(const absl::Status& reason) {
 }
 
 absl::Status SharedMemoryGroup::error() const {
-  absl::MutexLock lock(&mutex_);
+  const std::lock_guard lock(mutex_);
   return error_;
 }
 

@@ -13,12 +13,11 @@
 
 #include <atomic>
 #include <cstdint>
+#include <mutex>
 #include <string>
 #include <vector>
 
-#include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
-#include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "engine/comm/communicator.h"
 
@@ -54,8 +53,8 @@ class SharedMemoryGroup {
   absl::Status Send(int rank, const void* data, int64_t bytes, int to);
   absl::Status Recv(int rank, void* data, int64_t bytes, int from);
 
-  void Abort(const absl::Status& reason) ABSL_LOCKS_EXCLUDED(mutex_);
-  absl::Status error() const ABSL_LOCKS_EXCLUDED(mutex_);
+  void Abort(const absl::Status& reason);
+  absl::Status error() const;
 
  private:
   // Bit 0: aborted. The rest counts meetings (or mailbox transitions), and wraps.
@@ -96,8 +95,8 @@ class SharedMemoryGroup {
   std::vector<Rank> ranks_;
   std::vector<Mailbox> mailboxes_;
 
-  mutable absl::Mutex mutex_;
-  absl::Status error_ ABSL_GUARDED_BY(mutex_);
+  mutable std::mutex mutex_;
+  absl::Status error_;
 };
 
 }  // namespace soloist
