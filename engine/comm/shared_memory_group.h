@@ -95,6 +95,7 @@ class SharedMemoryGroup {
   std::vector<Rank> ranks_;
   std::vector<Mailbox> mailboxes_;
 
+  // std::mutex: Debian's absl is not built for the thread sanitizer, which would not see its locks.
   mutable std::mutex mutex_;
   absl::Status error_;
 };
