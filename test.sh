@@ -49,6 +49,15 @@ result "shellcheck" $?
 
 bazel_test "optimised" //...
 
+stage "CUDA backend: compiles and links (runs on a machine with a GPU: tests/gpu/run.sh)"
+if [[ -x /usr/local/cuda/bin/nvcc ]]; then
+  bazel build --config=cuda --noshow_progress --ui_event_filters=-info //cli:soloist //deploy:bundle \
+    //tests/gpu:cuda_ops_test //tests/gpu:cuda_parity_test
+  result "CUDA build" $?
+else
+  echo "no CUDA Toolkit in /usr/local/cuda: not built"
+fi
+
 stage "clang-tidy (some minutes the first time)"
 tests/tidy.sh
 result "clang-tidy" $?

@@ -1,6 +1,7 @@
 // soloist bench engine: the engine without a network. Prefill and decode rates, TPOT, bytes and FLOPs per step, and the
 // share of what this machine's memory and multipliers reach in the same run.
 #include <algorithm>
+#include <charconv>
 #include <cmath>
 #include <condition_variable>
 #include <memory>
@@ -14,6 +15,7 @@
 #include "base/clock.h"
 #include "base/status.h"
 #include "cli/flags.h"
+#include "cli/step_recorder.h"
 #include "engine/model/config.h"
 #include "kernels/device.h"
 #include "nlohmann/json.hpp"
@@ -21,75 +23,16 @@
 namespace soloist::cli {
 namespace {
 
+using Json = nlohmann::ordered_json;
+
 struct BenchFlags {
   EngineFlags runtime;
-  int prompt_length = 128;
+  std::vector<int> prompt_lengths = {128};
+  std::vector<int> batches = {1};
   int output_length = 64;
-  int batch = 1;
   int repeat = 3;
+  std::string slice;
   bool json = false;
-};
-
-// What one step did, from its plan and its result.
-struct StepRecord {
-  int64_t tokens = 0;
-  int64_t sequences = 0;
-  int64_t max_rows = 0;        // 1: a pure decode step
-  int64_t kv_tokens = 0;       // keys read
-  int64_t attended_pairs = 0;  // query-key pairs
-  int64_t experts_read = 0;    // (layer, expert) with at least one row
-  int64_t logit_rows = 0;
-  int64_t device_ns = 0;
-};
-
-// Passes everything on and keeps a record of each step.
-class RecordingEngine final : public Engine {
- public:
-  explicit RecordingEngine(Engine& engine) : engine_(engine) {}
-  const EngineInfo& Info() const override { return engine_.Info(); }
-  std::vector<RankStatus> Ranks() const override { return engine_.Ranks(); }
-
-  absl::Status Submit(StepPlan plan) override {
-    StepRecord record;
-    for (const HomePlan& home : plan.homes) {
-      record.tokens += home.num_tokens();
-      record.sequences += home.num_sequences();
-      record.logit_rows += home.num_logit_rows();
-      for (int s = 0; s < home.num_sequences(); ++s) {
-        const int64_t rows = home.query_starts()[s + 1] - home.query_starts()[s], keys = home.seq_lens()[s];
-        record.max_rows = std::max(record.max_rows, rows);
-        record.kv_tokens += keys;
-        record.attended_pairs += rows * (keys - rows) + rows * (rows + 1) / 2;
-      }
-    }
-    in_flight_.push_back(record);
-    return engine_.Submit(std::move(plan));
-  }
-  absl::StatusOr<StepResult> Await() override {
-    auto result = engine_.Await();
-    if (!result.ok()) return result;
-    StepRecord record = in_flight_.front();
-    in_flight_.erase(in_flight_.begin());
-    record.device_ns = result->device_ns;
-    std::vector<int64_t> rows(result->homes.front().expert_rows.size(), 0);
-    for (const HomeResult& home : result->homes) {
-      for (size_t i = 0; i < rows.size(); ++i) rows[i] += home.expert_rows[i];
-    }
-    record.experts_read = std::count_if(rows.begin(), rows.end(), [](int64_t n) { return n > 0; });
-    std::lock_guard lock(mutex_);
-    records_.push_back(record);
-    return result;
-  }
-  std::vector<StepRecord> TakeRecords() {
-    std::lock_guard lock(mutex_);
-    return std::exchange(records_, {});
-  }
-
- private:
-  Engine& engine_;
-  std::vector<StepRecord> in_flight_;
-  std::mutex mutex_;
-  std::vector<StepRecord> records_;
 };
 
 // Times of one request's tokens.
@@ -120,102 +63,110 @@ class TimingSink final : public TokenSink {
   std::vector<int64_t> times_ns_;
 };
 
-struct Work {
-  double bytes = 0;
-  double flops = 0;
-};
-
-// Weights once per step (of experts those with rows), keys and values, and two FLOPs per weight and row. Activations
-// are left out.
-Work WorkOf(const StepRecord& step, const ModelConfig& c, const EngineInfo& info) {
-  const double q = static_cast<double>(c.num_heads * c.head_dim), kv = static_cast<double>(c.num_kv_heads * c.head_dim);
-  const double hidden = static_cast<double>(c.hidden_size), layers = static_cast<double>(c.num_layers);
-  const double attention = layers * hidden * (2 * q + 2 * kv);
-  const double router = layers * hidden * static_cast<double>(c.num_experts);
-  const double expert =
-      hidden * static_cast<double>(c.expert_hidden_size) * (c.activation == Activation::kSiluGated ? 3 : 2);
-  const double head = hidden * static_cast<double>(c.vocab_size);
-  const double tokens = static_cast<double>(step.tokens);
-  Work work;
-  work.bytes = 2 * (attention * info.num_ranks + router * info.num_ranks +
-                    expert * static_cast<double>(step.experts_read) + (step.logit_rows > 0 ? head : 0)) +
-               static_cast<double>(step.kv_tokens * info.kv_bytes_per_token);
-  work.flops = 2 * (tokens * (attention + router + layers * static_cast<double>(c.experts_per_token) * expert) +
-                    static_cast<double>(step.logit_rows) * head) +
-               4 * layers * q * static_cast<double>(step.attended_pairs);
-  return work;
-}
-
 double Quantile(std::vector<double> values, double q) {
   if (values.empty()) return 0;
   std::sort(values.begin(), values.end());
   return values[std::lround(q * static_cast<double>(values.size() - 1))];
 }
 
-struct Phase {
-  double bytes = 0, flops = 0, seconds = 0, tokens = 0;
-  int64_t steps = 0;
-
+// Steps of one kind.
+class Phase {
+ public:
   void Add(const StepRecord& step, const Work& work) {
-    bytes += work.bytes;
-    flops += work.flops;
-    seconds += static_cast<double>(step.device_ns) * 1e-9;
-    tokens += static_cast<double>(step.tokens);
-    ++steps;
+    for (const GroupTime& group : step.groups) {
+      const auto it = std::ranges::find(groups_, group.group, &GroupTime::group);
+      if (it == groups_.end()) {
+        groups_.push_back(group);
+      } else {
+        it->ns += group.ns;
+      }
+    }
+    // A profiled step runs without overlap: its groups count, not its time.
+    if (!step.groups.empty()) {
+      ++profiled_steps_;
+      return;
+    }
+    step_ms_.push_back(static_cast<double>(step.device_ns) * 1e-6);
+    enqueue_us_.push_back(static_cast<double>(step.enqueue_ns) * 1e-3);
+    work_.attention_bytes += work.attention_bytes;
+    work_.expert_bytes += work.expert_bytes;
+    work_.kv_bytes += work.kv_bytes;
+    work_.head_bytes += work.head_bytes;
+    work_.flops += work.flops;
+    idle_ms_ += static_cast<double>(step.idle_ns) * 1e-6;
+    tokens_ += static_cast<double>(step.tokens);
   }
-  nlohmann::json ToJson(const MachineRates& rates) const {
-    const double n = std::max<double>(1, static_cast<double>(steps)), s = std::max(seconds, 1e-9);
-    return {{"steps", steps},
-            {"step_ms", seconds / n * 1e3},
-            {"tokens_per_s", tokens / s},
-            {"mb_per_step", bytes / n * 1e-6},
-            {"gflop_per_step", flops / n * 1e-9},
-            {"gb_per_s", bytes / s * 1e-9},
-            {"gflop_per_s", flops / s * 1e-9},
-            {"share_of_read_bandwidth", bytes / s / rates.read_bytes_per_s},
-            {"share_of_fma_rate", flops / s / rates.flops_per_s}};
+  Json ToJson(const MachineRates& rates) const {
+    const double n = std::max<double>(1, static_cast<double>(step_ms_.size()));
+    const double total_ms = std::accumulate(step_ms_.begin(), step_ms_.end(), 0.0), s = std::max(total_ms * 1e-3, 1e-9);
+    const double floor_ms = std::max(work_.bytes() / rates.read_bytes_per_s, work_.flops / rates.flops_per_s) / n * 1e3;
+    Json groups = Json::object();
+    for (const GroupTime& group : groups_) {
+      groups[group.group] = static_cast<double>(group.ns) * 1e-3 / static_cast<double>(profiled_steps_);
+    }
+    return {{"steps", step_ms_.size()},
+            {"step_ms", total_ms / n},
+            {"step_ms_median", Quantile(step_ms_, 0.5)},
+            {"step_ms_p99", Quantile(step_ms_, 0.99)},
+            {"floor_ms", floor_ms},
+            {"ratio", total_ms / n / std::max(floor_ms, 1e-12)},
+            {"tokens_per_s", tokens_ / s},
+            {"mb_per_step",
+             {{"attention_weights", work_.attention_bytes / n * 1e-6},
+              {"expert_weights", work_.expert_bytes / n * 1e-6},
+              {"kv", work_.kv_bytes / n * 1e-6},
+              {"head", work_.head_bytes / n * 1e-6},
+              {"all", work_.bytes() / n * 1e-6}}},
+            {"gflop_per_step", work_.flops / n * 1e-9},
+            {"gb_per_s", work_.bytes() / s * 1e-9},
+            {"gflop_per_s", work_.flops / s * 1e-9},
+            {"share_of_read_bandwidth", work_.bytes() / s / rates.read_bytes_per_s},
+            {"share_of_fma_rate", work_.flops / s / rates.flops_per_s},
+            {"idle_share", idle_ms_ / std::max(idle_ms_ + total_ms, 1e-12)},
+            {"enqueue_us_median", Quantile(enqueue_us_, 0.5)},
+            {"group_us", groups}};
   }
+
+ private:
+  std::vector<double> step_ms_, enqueue_us_;
+  Work work_;
+  double idle_ms_ = 0, tokens_ = 0;
+  std::vector<GroupTime> groups_;  // sums over the profiled steps
+  int64_t profiled_steps_ = 0;
 };
 
-absl::Status BenchEngine(const BenchFlags& flags) {
-  EngineFlags runtime_flags = flags.runtime;
-  ASSIGN_OR_RETURN(const ModelConfig config, LoadModelConfig(runtime_flags.engine.model_dir));
-  runtime_flags.no_prefix_cache = true;
-  ASSIGN_OR_RETURN(auto factory, CreateDeviceFactory(runtime_flags.engine.device));
-  const MachineRates before = factory->MeasureRates();
-  ASSIGN_OR_RETURN(auto engine, CreateInProcessEngine(runtime_flags.engine, Clock::Real(), nullptr));
-  RecordingEngine recorder(*engine);
-  SchedulerOptions scheduler = runtime_flags.scheduler;
-  scheduler.max_tokens_per_step = runtime_flags.engine.max_tokens_per_step;
-  scheduler.max_sequences = runtime_flags.engine.max_sequences;
-  scheduler.prefix_cache = false;
-  scheduler.max_queue = std::max(scheduler.max_queue, flags.batch);
-  ASSIGN_OR_RETURN(auto loop, StepLoop::Create(scheduler, recorder, Clock::Real()));
-
+// One batch of equal prompts through scheduler and engine, `repeat` times after a warm-up.
+absl::StatusOr<Json> RunCase(const BenchFlags& flags, int batch, int prompt_length, const ModelConfig& config,
+                             StepRecorder& recorder, StepLoop& loop, const MachineRates& rates) {
   std::mt19937 random(1);
   std::vector<double> tpot_ms, ttft_ms;
   Phase prefill, decode;
   for (int round = -1; round < flags.repeat; ++round) {  // round -1 warms up
     std::vector<std::shared_ptr<TimingSink>> sinks;
     const int64_t start_ns = Clock::Real().NowNs();
-    for (int i = 0; i < flags.batch; ++i) {
+    for (int i = 0; i < batch; ++i) {
       sinks.push_back(std::make_shared<TimingSink>());
       Request request;
       request.id = fmt::format("bench-{}-{}", round, i);
-      request.prompt.resize(flags.prompt_length);
+      request.prompt.resize(prompt_length);
       for (int32_t& id : request.prompt) id = static_cast<int32_t>(random() % static_cast<uint32_t>(config.vocab_size));
       request.sampling.temperature = 0;
       request.sampling.ignore_eos = true;
       request.sampling.max_tokens = flags.output_length;
       request.sink = sinks.back();
-      RETURN_IF_ERROR(loop->Add(std::move(request)));
+      RETURN_IF_ERROR(loop.Add(std::move(request)));
     }
     for (auto& sink : sinks) RETURN_IF_ERROR(sink->Wait());
-    RETURN_IF_ERROR(loop->AwaitIdle(absl::Seconds(60)));
+    RETURN_IF_ERROR(loop.AwaitIdle(absl::Seconds(60)));
     const std::vector<StepRecord> records = recorder.TakeRecords();
     if (round < 0) continue;
     for (const StepRecord& step : records) {
-      (step.max_rows > 1 ? prefill : decode).Add(step, WorkOf(step, config, engine->Info()));
+      // Steps in which some sequences have ended already, or still wait for their first token, are of neither kind.
+      if (step.max_rows > 1) {
+        prefill.Add(step, WorkOf(step, config, recorder.Info()));
+      } else if (step.sequences == batch) {
+        decode.Add(step, WorkOf(step, config, recorder.Info()));
+      }
     }
     for (const auto& sink : sinks) {
       const auto& t = sink->times_ns();
@@ -225,45 +176,102 @@ absl::Status BenchEngine(const BenchFlags& flags) {
       }
     }
   }
+  return Json{{"batch", batch},
+              {"prompt_length", prompt_length},
+              {"output_length", flags.output_length},
+              {"rounds", flags.repeat},
+              {"prefill", prefill.ToJson(rates)},
+              {"decode", decode.ToJson(rates)},
+              {"ttft_ms", {{"median", Quantile(ttft_ms, 0.5)}, {"p99", Quantile(ttft_ms, 0.99)}}},
+              {"tpot_ms", {{"median", Quantile(tpot_ms, 0.5)}, {"p99", Quantile(tpot_ms, 0.99)}}}};
+}
+
+void PrintCase(const Json& c) {
+  fmt::print("batch {} x ({} prompt + {} output tokens), {} rounds after a warm-up\n", c["batch"].get<int>(),
+             c["prompt_length"].get<int>(), c["output_length"].get<int>(), c["rounds"].get<int>());
+  fmt::print("{:<9} {:>6} {:>9} {:>9} {:>6} {:>11} {:>10} {:>11} {:>9} {:>8} {:>10} {:>7}\n", "", "steps", "ms/step",
+             "floor ms", "ratio", "tokens/s", "MB/step", "GFLOP/step", "GB/s", "of read", "GFLOP/s", "of FMA");
+  for (const char* name : {"prefill", "decode"}) {
+    const Json& p = c[name];
+    fmt::print(
+        "{:<9} {:>6} {:>9.3f} {:>9.3f} {:>6.2f} {:>11.1f} {:>10.2f} {:>11.3f} {:>9.2f} {:>7.0f}% {:>10.1f} {:>6.0f}%\n",
+        name, p["steps"].get<int64_t>(), p["step_ms"].get<double>(), p["floor_ms"].get<double>(),
+        p["ratio"].get<double>(), p["tokens_per_s"].get<double>(), p["mb_per_step"]["all"].get<double>(),
+        p["gflop_per_step"].get<double>(), p["gb_per_s"].get<double>(),
+        100 * p["share_of_read_bandwidth"].get<double>(), p["gflop_per_s"].get<double>(),
+        100 * p["share_of_fma_rate"].get<double>());
+  }
+  for (const char* name : {"prefill", "decode"}) {
+    const Json& p = c[name];
+    fmt::print("{} MB/step:", name);
+    for (const auto& [stream, mb] : p["mb_per_step"].items()) fmt::print(" {} {:.2f}", stream, mb.get<double>());
+    fmt::print("; device idle {:.1f}%, enqueue {:.0f} us\n", 100 * p["idle_share"].get<double>(),
+               p["enqueue_us_median"].get<double>());
+    if (p["group_us"].empty()) continue;
+    fmt::print("{} us by group, without overlap:", name);
+    for (const auto& [group, us] : p["group_us"].items()) fmt::print(" {} {:.1f}", group, us.get<double>());
+    fmt::print("\n");
+  }
+  fmt::print("TTFT median {:.2f} p99 {:.2f} ms   TPOT median {:.3f} p99 {:.3f} ms\n",
+             c["ttft_ms"]["median"].get<double>(), c["ttft_ms"]["p99"].get<double>(),
+             c["tpot_ms"]["median"].get<double>(), c["tpot_ms"]["p99"].get<double>());
+}
+
+// "solo:16" -> 16.
+absl::Status ParseSlice(const std::string& slice, int& ranks) {
+  if (slice.empty()) return absl::OkStatus();
+  const std::string_view text = slice;
+  const bool solo = text.starts_with("solo:");
+  const char* end = text.data() + text.size();
+  if (!solo || std::from_chars(text.data() + 5, end, ranks).ptr != end || ranks < 2) {
+    return InvalidArgument("--slice is '{}', allowed: solo:RANKS with at least 2 ranks", slice);
+  }
+  return absl::OkStatus();
+}
+
+absl::Status BenchEngine(const BenchFlags& flags) {
+  EngineFlags runtime_flags = flags.runtime;
+  RETURN_IF_ERROR(ParseSlice(flags.slice, runtime_flags.engine.slice_ranks));
+  runtime_flags.engine = WithDefaults(runtime_flags.engine);
+  ASSIGN_OR_RETURN(const ModelConfig config, LoadModelConfig(runtime_flags.engine.model_dir));
+  ASSIGN_OR_RETURN(auto factory, CreateDeviceFactory(runtime_flags.engine.device));
+  const MachineRates before = factory->MeasureRates();
+  const int64_t start_ns = Clock::Real().NowNs();
+  ASSIGN_OR_RETURN(auto engine, CreateInProcessEngine(runtime_flags.engine, Clock::Real(), nullptr));
+  const double ready_s = static_cast<double>(Clock::Real().NowNs() - start_ns) * 1e-9;
+  const EngineInfo& info = engine->Info();
+  StepRecorder recorder(*engine, runtime_flags.engine.slice_ranks);
+  SchedulerOptions scheduler = runtime_flags.scheduler;
+  scheduler.max_tokens_per_step = info.limits.max_tokens;
+  scheduler.max_sequences = info.limits.max_sequences;
+  scheduler.prefix_cache = false;
+  scheduler.max_queue = std::max(scheduler.max_queue, std::ranges::max(flags.batches));
+  ASSIGN_OR_RETURN(auto loop, StepLoop::Create(scheduler, recorder, Clock::Real()));
   const MachineRates after = factory->MeasureRates();
   const MachineRates rates{.read_bytes_per_s = std::max(before.read_bytes_per_s, after.read_bytes_per_s),
                            .flops_per_s = std::max(before.flops_per_s, after.flops_per_s)};
-  const nlohmann::json out = {
-      {"model", engine->Info().model_name},
-      {"device", engine->Info().device},
-      {"ranks", engine->Info().num_ranks},
-      {"batch", flags.batch},
-      {"prompt_length", flags.prompt_length},
-      {"output_length", flags.output_length},
-      {"rounds", flags.repeat},
+  Json out = {
+      {"model", info.model_name},
+      {"device", info.device},
+      {"ranks", info.num_ranks},
+      {"slice", flags.slice},
+      {"ready_s", ready_s},
       {"machine", {{"read_gb_per_s", rates.read_bytes_per_s * 1e-9}, {"fma_gflop_per_s", rates.flops_per_s * 1e-9}}},
-      {"prefill", prefill.ToJson(rates)},
-      {"decode", decode.ToJson(rates)},
-      {"ttft_ms", {{"median", Quantile(ttft_ms, 0.5)}, {"p99", Quantile(ttft_ms, 0.99)}}},
-      {"tpot_ms", {{"median", Quantile(tpot_ms, 0.5)}, {"p99", Quantile(tpot_ms, 0.99)}}}};
-  if (flags.json) {
-    fmt::print("{}\n", out.dump());
-    return absl::OkStatus();
+      {"cases", Json::array()}};
+  if (!flags.json) {
+    fmt::print("{} on {}, {}; engine ready in {:.1f} s\n", info.model_name, info.device,
+               flags.slice.empty() ? fmt::format("{} ranks", info.num_ranks) : "slice " + flags.slice, ready_s);
+    fmt::print("machine   plain read {:.1f} GB/s   FMA {:.1f} GFLOP/s (the better of before and after)\n",
+               rates.read_bytes_per_s * 1e-9, rates.flops_per_s * 1e-9);
   }
-  const EngineInfo& info = engine->Info();
-  fmt::print("{} on {}, {} ranks; batch {} x ({} prompt + {} output tokens), {} rounds after a warm-up\n",
-             info.model_name, info.device, info.num_ranks, flags.batch, flags.prompt_length, flags.output_length,
-             flags.repeat);
-  fmt::print("machine   plain parallel read {:.1f} GB/s   FMA {:.1f} GFLOP/s (the better of before and after)\n",
-             rates.read_bytes_per_s * 1e-9, rates.flops_per_s * 1e-9);
-  fmt::print("{:<9} {:>7} {:>10} {:>12} {:>11} {:>12} {:>8} {:>8} {:>9} {:>7}\n", "", "steps", "ms/step", "tokens/s",
-             "MB/step", "GFLOP/step", "GB/s", "of read", "GFLOP/s", "of FMA");
-  const auto row = [](const char* name, const nlohmann::json& p) {
-    fmt::print("{:<9} {:>7} {:>10.3f} {:>12.1f} {:>11.2f} {:>12.3f} {:>8.2f} {:>7.0f}% {:>9.1f} {:>6.0f}%\n", name,
-               p["steps"].get<int64_t>(), p["step_ms"].get<double>(), p["tokens_per_s"].get<double>(),
-               p["mb_per_step"].get<double>(), p["gflop_per_step"].get<double>(), p["gb_per_s"].get<double>(),
-               100 * p["share_of_read_bandwidth"].get<double>(), p["gflop_per_s"].get<double>(),
-               100 * p["share_of_fma_rate"].get<double>());
-  };
-  row("prefill", out["prefill"]);
-  row("decode", out["decode"]);
-  fmt::print("TTFT median {:.2f} p99 {:.2f} ms   TPOT median {:.3f} p99 {:.3f} ms\n", Quantile(ttft_ms, 0.5),
-             Quantile(ttft_ms, 0.99), Quantile(tpot_ms, 0.5), Quantile(tpot_ms, 0.99));
+  for (const int prompt_length : flags.prompt_lengths) {
+    for (const int batch : flags.batches) {
+      ASSIGN_OR_RETURN(Json result, RunCase(flags, batch, prompt_length, config, recorder, *loop, rates));
+      if (!flags.json) PrintCase(result);
+      out["cases"].push_back(std::move(result));
+    }
+  }
+  if (flags.json) fmt::print("{}\n", out.dump());
   return absl::OkStatus();
 }
 
@@ -276,9 +284,22 @@ void AddBench(CLI::App& app, int& exit_code) {
   CLI::App* sub =
       bench->add_subcommand("engine", "the engine without a network: prefill and decode against the machine");
   flags->runtime.AddTo(*sub);
-  sub->add_option("--prompt-length", flags->prompt_length, "tokens")->check(CLI::PositiveNumber)->capture_default_str();
+  sub->add_option("--prompt-length", flags->prompt_lengths, "tokens; several, with commas: a case each")
+      ->delimiter(',')
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
   sub->add_option("--output-length", flags->output_length, "tokens")->check(CLI::PositiveNumber)->capture_default_str();
-  sub->add_option("--batch", flags->batch, "requests at once")->check(CLI::PositiveNumber)->capture_default_str();
+  sub->add_option("--batch", flags->batches, "requests at once; several, with commas: a case each")
+      ->delimiter(',')
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  sub->add_option("--slice", flags->slice,
+                  "solo:R: what one rank of R does, exchanging tokens with itself by a copy of the same bytes");
+  sub->add_flag("--slice-uniform", flags->runtime.engine.slice_uniform,
+                "in a slice, tokens go to the experts in turn instead of as the router says");
+  sub->add_option("--profile-every", flags->runtime.engine.profile_every,
+                  "every so many steps one is timed group by group; 0: none")
+      ->capture_default_str();
   sub->add_option("--repeat", flags->repeat, "rounds after the warm-up")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();

@@ -47,21 +47,27 @@ void EngineFlags::AddTo(CLI::App& app) {
   app.add_option("--device", engine.device.kind, "cpu, or cuda in a binary built with it")->capture_default_str();
   app.add_option("--threads", engine.device.cpu_threads, "CPU threads for all ranks together; 0: one per core")
       ->capture_default_str();
+  app.add_flag("--deterministic", engine.device.deterministic,
+               "CUDA: a request's tokens never depend on what else is in the batch; slower (the CPU always does so)");
+  app.add_option("--tuning-file", engine.device.tuning_file,
+                 "CUDA: keeps the matrix algorithms that a search has found for this device; empty: searched anew");
   app.add_option("--load-format", engine.load_format, "auto: safetensors; dummy: random weights, config.json only")
       ->check(CLI::IsMember({"auto", "dummy"}))
       ->capture_default_str();
   app.add_option("--dummy-seed", engine.dummy_seed, "seed of --load-format=dummy")->capture_default_str();
   app.add_option("--max-model-len", engine.max_model_len, "longest prompt + output, tokens; 0: the model's limit")
       ->capture_default_str();
-  app.add_option("--block-size", engine.block_size, "tokens per KV block")->capture_default_str();
+  app.add_option("--block-size", engine.block_size, "tokens per KV block; 0: 16, on CUDA 64")->capture_default_str();
   app.add_option("--num-blocks", engine.num_blocks, "KV blocks per rank; 0: from --memory-fraction")
       ->capture_default_str();
-  app.add_option("--memory-fraction", engine.memory_fraction, "share of the free memory for KV, all ranks together")
+  app.add_option("--memory-fraction", engine.memory_fraction,
+                 "share of the free memory for KV, all ranks together; 0: 0.5, on CUDA 0.9")
       ->capture_default_str();
-  app.add_option("--kv-dtype", engine.kv_dtype, "keys and values in the cache")
-      ->check(CLI::IsMember({"f32", "bf16"}))
+  app.add_option("--kv-dtype", engine.kv_dtype, "keys and values in the cache; auto: f32, on CUDA bf16")
+      ->check(CLI::IsMember({"auto", "f32", "bf16", "fp8_e4m3"}))
       ->capture_default_str();
-  app.add_option("--max-tokens-per-step", engine.max_tokens_per_step, "token budget of a rank's step (decodes first)")
+  app.add_option("--max-tokens-per-step", engine.max_tokens_per_step,
+                 "token budget of a rank's step (decodes first); 0: 512, on CUDA 8192")
       ->capture_default_str();
   app.add_option("--max-sequences", engine.max_sequences, "sequences that run at once on a rank")
       ->capture_default_str();
@@ -91,8 +97,6 @@ absl::StatusOr<ModelDescription> DescribeModel(const EngineFlags& flags) {
 
 absl::StatusOr<Runtime> StartRuntime(EngineFlags flags) {
   ASSIGN_OR_RETURN(ModelDescription model, DescribeModel(flags));
-  flags.scheduler.max_tokens_per_step = flags.engine.max_tokens_per_step;
-  flags.scheduler.max_sequences = flags.engine.max_sequences;
   flags.scheduler.prefix_cache = !flags.no_prefix_cache;
   flags.scheduler.eos_token_ids = std::move(model.eos_token_ids);
   flags.engine.collective_timeout = absl::Seconds(flags.collective_timeout_s);
@@ -105,6 +109,8 @@ absl::StatusOr<Runtime> StartRuntime(EngineFlags flags) {
   spdlog::info("{} ({}) on {}: {} ranks, {} experts, {:.1f} MB of weights per rank, {} KV blocks of {} tokens per rank",
                info.model_name, info.architecture, info.device, info.num_ranks, info.num_experts,
                static_cast<double>(info.weight_bytes_per_rank) * 1e-6, info.limits.num_blocks, info.limits.block_size);
+  flags.scheduler.max_tokens_per_step = info.limits.max_tokens;
+  flags.scheduler.max_sequences = info.limits.max_sequences;
   ASSIGN_OR_RETURN(runtime.loop, StepLoop::Create(flags.scheduler, *runtime.engine, Clock::Real()));
   return runtime;
 }

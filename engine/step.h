@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -103,6 +104,12 @@ struct StepPlan {
   std::vector<HomePlan> homes;  // [num_homes]
 };
 
+// Device time of one group of ops (all layers together) in a profiled step.
+struct GroupTime {
+  std::string group;
+  int64_t ns = 0;
+};
+
 // Row r belongs to logit row r of that home's plan.
 struct HomeResult {
   std::vector<int32_t> tokens;       // [rows]
@@ -111,12 +118,16 @@ struct HomeResult {
   std::vector<float> top_logprobs;   // the same
   std::vector<float> raw_logits;     // [rows, vocab] if any row asked for logits (other rows are zero), else empty
   std::vector<int64_t> expert_rows;  // [num_layers, num_experts] choices that this home's tokens made in this step
+  int64_t device_ns = 0;             // from the step's first to its last work on the device
+  int64_t idle_ns = 0;               // that the device had nothing to do before it, since the step before; 0: unknown
+  int64_t enqueue_ns = 0;            // of the rank's thread, to enqueue the step
+  std::vector<GroupTime> groups;     // of a profiled step, in order of first use; else empty
 };
 
 struct StepResult {
   int64_t step = 0;
   std::vector<HomeResult> homes;
-  int64_t device_ns = 0;  // longest rank's time for the step
+  int64_t device_ns = 0;  // longest home's
 };
 
 }  // namespace soloist

@@ -8,6 +8,7 @@
 #define SOLOIST_KERNELS_DEVICE_H_
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <utility>
@@ -62,17 +63,78 @@ class Buffer {
   Free free_ = nullptr;
 };
 
-// Thread-compatible: one rank's thread uses it. Outlives its streams; a Buffer may outlive it.
+// A point in a stream. Reusable: recording it again moves it. Record on the stream's thread; the rest on any one
+// thread.
+class Event {
+ public:
+  virtual ~Event() = default;
+  // Whether all that was enqueued before the last Record has run. Never blocks.
+  virtual bool Done() const = 0;
+  // Blocks until Done; the stream's first asynchronous error, if any.
+  virtual absl::Status Wait() = 0;
+  // Device time from `earlier` to this point. Both must be Done.
+  virtual int64_t NsSince(const Event& earlier) const = 0;
+};
+
+// Work that was recorded once and can be launched again with one call: the same kernels on the same addresses.
+class Graph {
+ public:
+  virtual ~Graph() = default;
+};
+
+// Upper bounds of what the ops of a device will be asked, from which it allocates its workspaces once.
+struct OpLimits {
+  int64_t max_tokens = 0;       // rows of a step
+  int64_t max_expert_rows = 0;  // rows of an ExpertMlp
+  int64_t max_logit_rows = 0;
+  int64_t max_sequences = 0;
+  int64_t max_model_len = 0;  // longest sequence
+  int64_t hidden_size = 0;
+  int64_t expert_hidden_size = 0;
+  bool gated_experts = false;  // Activation::kSiluGated
+  int64_t vocab_size = 0;
+  int num_heads = 0;
+  int num_kv_heads = 0;
+  int head_dim = 0;
+  bool fp8_kv = false;
+  int num_experts = 0;  // of the model
+  int local_experts = 0;
+  int top_k = 0;
+};
+
+// Thread-compatible: one rank's thread uses it. While weights are loaded, several threads may call Copy and Record at
+// once, each with a stream of its own. Outlives its streams; a Buffer may outlive it.
 class Device {
  public:
   virtual ~Device() = default;
   // "cpu" or "cuda:0 NVIDIA H200".
   virtual std::string Name() const = 0;
+  // Dtype of activations ("act" in ops.h).
+  virtual DType activation_dtype() const = 0;
+  // Whether the host may read and write what Allocate returns; if not, Copy is the only way.
+  virtual bool host_accessible() const = 0;
   // Zero-filled. RESOURCE_EXHAUSTED with the bytes asked for and what is free.
   virtual absl::StatusOr<Buffer> Allocate(int64_t bytes) = 0;
   // Memory that both the host and (asynchronously) the device can read and write.
   virtual absl::StatusOr<Buffer> AllocatePinned(int64_t bytes) = 0;
+  // Makes this device the calling thread's: every thread that uses it calls this first.
+  virtual absl::Status BindThread() { return absl::OkStatus(); }
   virtual absl::StatusOr<std::unique_ptr<Stream>> CreateStream() = 0;
+  virtual absl::StatusOr<std::unique_ptr<Event>> CreateEvent() = 0;
+  virtual void Record(Event& event, Stream& stream) = 0;
+
+  // Whether Capture works; if not, work is enqueued each time.
+  virtual bool can_capture() const = 0;
+  // Runs `enqueue`, which may only enqueue on `stream` (no host wait, no allocation), and keeps what it enqueued.
+  // Nothing runs on the device yet. Errors are enqueue's, or the device's.
+  virtual absl::StatusOr<std::unique_ptr<Graph>> Capture(Stream& stream,
+                                                         const std::function<absl::Status()>& enqueue) = 0;
+  virtual absl::Status Launch(const Graph& graph, Stream& stream) = 0;
+
+  // Allocates the ops' workspaces and prepares (tunes) what takes long. Once, before the first op but FillUniform;
+  // RESOURCE_EXHAUSTED as Allocate.
+  virtual absl::Status Prepare(const OpLimits& limits) = 0;
+
   // Between any two places, host (pinned for speed) or device; stream-ordered.
   virtual void Copy(void* dst, const void* src, int64_t bytes, Stream& stream) = 0;
   // What may still be allocated, bytes.
@@ -84,12 +146,17 @@ class Device {
 struct DeviceOptions {
   std::string kind = "cpu";  // cpu, or cuda where the binary has it
   int cpu_threads = 0;       // 0: one per core that this process may use
+  // Every op gives a row the same bits whatever else is in the batch, in prefill and decode alike. The CPU always does;
+  // on CUDA it costs speed, most of all in prefill.
+  bool deterministic = false;
+  // CUDA: file that keeps the matrix algorithms found by search, by device and library version; empty: searched anew.
+  std::string tuning_file;
 };
 
 // What the hardware reaches with plain loops, all of it together: the limits that benchmarks divide by.
 struct MachineRates {
   double read_bytes_per_s = 0;  // reading memory that no cache holds
-  double flops_per_s = 0;       // F32 fused multiply-adds (two FLOPs each) on registers
+  double flops_per_s = 0;       // multiply-adds (two FLOPs each): F32 on registers (CPU), bf16 matrix products (CUDA)
 };
 
 // Makes the devices of the ranks that live in this process. Outlives them. Thread-safe.

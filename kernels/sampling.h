@@ -52,12 +52,10 @@ struct TokenHistory {
 // (seed_low, seed_high) and counter = (token id / 4, position, output_index, 0), word = token id % 4. So a draw depends
 // on nothing but request, output index, position and token id.
 struct SampleArgs {
-  Tensor logits;                          // F32 [rows, vocab], overwritten
-  const SamplingRow* params = nullptr;    // [rows]
-  const LogitBias* bias = nullptr;        // [num_bias]
-  const TokenHistory* history = nullptr;  // [num_history], distinct tokens within a row
-  int32_t num_bias = 0;
-  int32_t num_history = 0;
+  Tensor logits;                        // F32 [rows, vocab], overwritten
+  const SamplingRow* params = nullptr;  // [rows + 1]; the last only ends the row before it (bias_begin, history_begin)
+  const LogitBias* bias = nullptr;      // [params[rows].bias_begin]
+  const TokenHistory* history = nullptr;     // [params[rows].history_begin], distinct tokens within a row
   const int32_t* previous_tokens = nullptr;  // result of the previous step, for pending_row
   // Outputs.
   int32_t* tokens = nullptr;      // [rows]

@@ -15,9 +15,10 @@ struct BFloat16 {
 };
 static_assert(sizeof(BFloat16) == 2);
 
-enum class DType : uint8_t { kF32, kBF16, kI32 };
+// kF8E4M3: 8 bits, largest finite value 448 (OCP 8-bit floating point specification); for cached keys and values only.
+enum class DType : uint8_t { kF32, kBF16, kI32, kF8E4M3 };
 
-constexpr int64_t DTypeBytes(DType dtype) { return dtype == DType::kBF16 ? 2 : 4; }
+constexpr int64_t DTypeBytes(DType dtype) { return dtype == DType::kF8E4M3 ? 1 : dtype == DType::kBF16 ? 2 : 4; }
 
 template <typename T>
 constexpr DType DTypeOf() {

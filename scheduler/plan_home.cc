@@ -1,7 +1,9 @@
 // What one home does in one step: who runs, who is admitted, who is preempted, and the packed part of the plan.
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <utility>
+#include <vector>
 
 #include "base/check.h"
 #include "scheduler/scheduler.h"
@@ -207,11 +209,14 @@ void Scheduler::PackHome(Home& home, std::vector<Sequence*>& rows) {
   parts.bias.clear();
   parts.history.clear();
   const int32_t block_size = limits_.block_size;
-  for (const Sequence* s : home.running) {
-    if (s->planned > 0) parts.max_blocks = std::max(parts.max_blocks, BlocksFor(s->computed + s->planned, block_size));
+  // Sequences of one row first: a backend runs them by other kernels than chunks.
+  std::vector<Sequence*> planned;
+  std::ranges::copy_if(home.running, std::back_inserter(planned), [](const Sequence* s) { return s->planned > 0; });
+  std::ranges::stable_partition(planned, [](const Sequence* s) { return s->planned == 1; });
+  for (const Sequence* s : planned) {
+    parts.max_blocks = std::max(parts.max_blocks, BlocksFor(s->computed + s->planned, block_size));
   }
-  for (Sequence* s : home.running) {
-    if (s->planned == 0) continue;
+  for (Sequence* s : planned) {
     const int32_t end = s->computed + s->planned;
     for (int32_t p = s->computed; p < end; ++p) {
       const bool known = p < static_cast<int32_t>(s->tokens.size());

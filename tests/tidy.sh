@@ -15,6 +15,10 @@ check() {
   local file=$1 key extra=()
   case $file in
     kernels/cpu/simd_bf16.cc) extra=(-mavx512f -mavx512bw -mavx512vl -mavx512bf16) ;;
+    kernels/cuda/* | kernels/backend_with_cuda.cc)
+      [[ -d /usr/local/cuda/include ]] || return 0
+      extra=(-isystem/usr/local/cuda/include -isystemthird_party/.wheels/cudnn_frontend/include)
+      ;;
     *) ;;
   esac
   key=$( (echo "$headers" "${flags[@]}"; cat "$file") | sha256sum | cut -d' ' -f1)

@@ -40,3 +40,36 @@ if [[ $(cat "$top/.venv/installed" 2>/dev/null) != "${wheels[*]}" ]]; then
   "$top/.venv/bin/pip" install --quiet --disable-pip-version-check "${wheels[@]}"
   echo "${wheels[*]}" >"$top/.venv/installed"
 fi
+
+# Headers of the CUDA backend, where there is a CUDA toolkit. Only the headers of these wheels are used: cuDNN itself
+# comes with the toolkit or the driver's machine and is opened at run time (third_party/cudnn_frontend/README.md).
+#
+# UnpackHeaders FOLDER REQUIREMENT SHA256 PREFIX...: the files of the wheel below each PREFIX, to .wheels/FOLDER/include,
+# and its licences beside them.
+UnpackHeaders() {
+  local folder=$top/third_party/.wheels/$1 requirement=$2 sha256=$3
+  local stamp="$requirement $sha256"
+  [[ $(cat "$folder/installed" 2>/dev/null) != "$stamp" ]] || return 0
+  echo "install: headers of $requirement" >&2
+  local scratch prefix
+  scratch=$(mktemp -d "$top/third_party/.wheels/unpack.XXXXXX")
+  echo "$requirement --hash=sha256:$sha256" >"$scratch/requirements.txt"
+  "$top/.venv/bin/pip" download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --require-hashes \
+    --python-version 3.11 --platform manylinux_2_28_x86_64 --dest "$scratch" --requirement "$scratch/requirements.txt"
+  "$top/.venv/bin/python" -m zipfile -e "$scratch"/*.whl "$scratch/wheel"
+  mkdir -p "$scratch/include"
+  for prefix in "${@:4}"; do cp -r "$scratch/wheel/$prefix/." "$scratch/include/"; done
+  rm -rf "$folder"
+  mkdir -p "$folder"
+  mv "$scratch/include" "$scratch"/wheel/*.dist-info/licenses "$folder/"
+  echo "$stamp" >"$folder/installed"
+  rm -rf "$scratch"
+}
+if [[ -x /usr/local/cuda/bin/nvcc ]]; then
+  mkdir -p "$top/third_party/.wheels"
+  UnpackHeaders cudnn_frontend nvidia-cudnn-frontend==1.32.0 \
+    c6006556017a4d1c914c52a556c71b1267f2d6a0500f742e7b4edef539878df0 include
+  UnpackHeaders cutlass nvidia-cutlass==4.2.0 \
+    f9599ada45c7bcb6bf53f7d3f0a7d154183e53451c01bfa59eecd37dd4a693f6 \
+    cutlass_library/source/include cutlass_library/source/tools/util/include
+fi

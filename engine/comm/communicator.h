@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "kernels/device.h"
 
@@ -54,12 +55,15 @@ struct CommOptions {
   absl::Duration timeout = absl::Seconds(30);
 };
 
-// One rank: copies.
-std::unique_ptr<Communicator> CreateSelfCommunicator();
+// One rank: copies of `device`, which must outlive it.
+std::unique_ptr<Communicator> CreateSelfCommunicator(Device& device);
 
 // `size` ranks that are threads of this process; element r is rank r's. They share a group, which lives as long as any
-// of them.
-std::vector<std::unique_ptr<Communicator>> CreateSharedMemoryCommunicators(int size, const CommOptions& options);
+// of them. The host moves the bytes: UNIMPLEMENTED if it cannot reach the memory of `device`, one of the ranks' (all
+// are of one kind).
+absl::StatusOr<std::vector<std::unique_ptr<Communicator>>> CreateSharedMemoryCommunicators(int size,
+                                                                                           const Device& device,
+                                                                                           const CommOptions& options);
 
 }  // namespace soloist
 

@@ -1,5 +1,4 @@
 // The communicator of a group of one: every collective is a copy, or nothing.
-#include <cstring>
 #include <memory>
 #include <mutex>
 #include <span>
@@ -14,16 +13,18 @@ namespace {
 
 class SelfCommunicator final : public Communicator {
  public:
+  explicit SelfCommunicator(Device& device) : device_(device) {}
+
   int rank() const override { return 0; }
   int size() const override { return 1; }
 
-  absl::Status AllToAll(const void* send, void* recv, int64_t bytes_per_rank, Stream& /*stream*/) override {
-    return CopyUnlessAborted(send, recv, bytes_per_rank);
+  absl::Status AllToAll(const void* send, void* recv, int64_t bytes_per_rank, Stream& stream) override {
+    return CopyUnlessAborted(send, recv, bytes_per_rank, stream);
   }
 
   absl::Status AllToAllV(const void* send, std::span<const int64_t> send_bytes, std::span<const int64_t> send_offsets,
                          void* recv, std::span<const int64_t> recv_bytes, std::span<const int64_t> recv_offsets,
-                         Stream& /*stream*/) override {
+                         Stream& stream) override {
     CHECK_EQ(send_bytes.size(), size_t{1});
     CHECK_EQ(send_offsets.size(), size_t{1});
     CHECK_EQ(recv_bytes.size(), size_t{1});
@@ -33,13 +34,13 @@ class SelfCommunicator final : public Communicator {
           absl::StrCat("AllToAllV: rank 0 sends ", send_bytes[0], " bytes to rank 0, which expects ", recv_bytes[0])));
     }
     return CopyUnlessAborted(static_cast<const char*>(send) + send_offsets[0],
-                             static_cast<char*>(recv) + recv_offsets[0], send_bytes[0]);
+                             static_cast<char*>(recv) + recv_offsets[0], send_bytes[0], stream);
   }
 
   absl::Status AllReduceSum(float* /*data*/, int64_t /*count*/, Stream& /*stream*/) override { return error(); }
 
-  absl::Status AllGather(const void* send, void* recv, int64_t bytes_per_rank, Stream& /*stream*/) override {
-    return CopyUnlessAborted(send, recv, bytes_per_rank);
+  absl::Status AllGather(const void* send, void* recv, int64_t bytes_per_rank, Stream& stream) override {
+    return CopyUnlessAborted(send, recv, bytes_per_rank, stream);
   }
 
   absl::Status Broadcast(void* /*data*/, int64_t /*bytes*/, int root, Stream& /*stream*/) override {
@@ -71,18 +72,21 @@ class SelfCommunicator final : public Communicator {
   }
 
  private:
-  absl::Status CopyUnlessAborted(const void* send, void* recv, int64_t bytes) {
+  absl::Status CopyUnlessAborted(const void* send, void* recv, int64_t bytes, Stream& stream) {
     absl::Status status = error();
-    if (status.ok() && send != recv && bytes > 0) std::memcpy(recv, send, static_cast<size_t>(bytes));
+    if (status.ok() && send != recv && bytes > 0) device_.Copy(recv, send, bytes, stream);
     return status;
   }
 
+  Device& device_;
   mutable std::mutex mutex_;
   absl::Status error_;
 };
 
 }  // namespace
 
-std::unique_ptr<Communicator> CreateSelfCommunicator() { return std::make_unique<SelfCommunicator>(); }
+std::unique_ptr<Communicator> CreateSelfCommunicator(Device& device) {
+  return std::make_unique<SelfCommunicator>(device);
+}
 
 }  // namespace soloist

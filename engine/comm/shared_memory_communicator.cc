@@ -135,8 +135,14 @@ class SharedMemoryCommunicator final : public Communicator {
 
 }  // namespace
 
-std::vector<std::unique_ptr<Communicator>> CreateSharedMemoryCommunicators(int size, const CommOptions& options) {
+absl::StatusOr<std::vector<std::unique_ptr<Communicator>>> CreateSharedMemoryCommunicators(int size,
+                                                                                           const Device& device,
+                                                                                           const CommOptions& options) {
   CHECK(size >= 1 && size <= kMaxRanks);
+  if (!device.host_accessible()) {
+    return absl::UnimplementedError(absl::StrCat(
+        "ranks that exchange through shared memory need devices whose memory the host can reach, not ", device.Name()));
+  }
   auto group = std::make_shared<SharedMemoryGroup>(size, options);
   std::vector<std::unique_ptr<Communicator>> out;
   out.reserve(static_cast<size_t>(size));

@@ -51,7 +51,9 @@ struct LoadProgress {
   std::atomic<int64_t> loaded_bytes{0};
 };
 
-// Reads with `threads` threads. `max_positions`: rows of the rope table. Errors are the source's, or the device's.
+// Reads with `threads` threads: in place where the host reaches the device's memory; else through two pinned buffers of
+// 8 MiB a thread, and roles with a formula (WeightSource::Uniform) are filled by the device. `max_positions`: rows of
+// the rope table. Errors are the source's, or the device's.
 absl::StatusOr<SharedWeights> LoadSharedWeights(const ModelConfig& config, const WeightSource& source,
                                                 int64_t max_positions, Device& device, int threads,
                                                 LoadProgress& progress);

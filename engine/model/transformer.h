@@ -1,12 +1,15 @@
 // Transformer: one rank's pass through a decoder-only MoE model, as stream-ordered ops. Knows layers, not families: a
 // family is a ModelConfig and the names of its tensors.
 //
-// Per layer: norm, QKV, rope + KV append, paged attention, output, norm, route, dispatch, expert MLP, combine.
+// Before the first layer: embed, norm. Per layer: QKV, rope + KV append, paged attention, output, norm + route,
+// dispatch, expert MLP, combine + the next layer's (or the final) norm.
 #ifndef SOLOIST_ENGINE_MODEL_TRANSFORMER_H_
 #define SOLOIST_ENGINE_MODEL_TRANSFORMER_H_
 
 #include <cstdint>
+#include <functional>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -24,13 +27,18 @@ struct TransformerLimits {
   int64_t max_logit_rows = 0;  // rows whose logits are computed
 };
 
-// One step's plan, in device memory.
+// One step's plan, in device memory. The counts may be those of a bucket that the plan was padded to: then padding rows
+// have slot -1, padding sequences seq_len 0, and *num_rows rows are real.
 struct StepInputs {
   int64_t num_tokens = 0;
-  int64_t max_home_tokens = 0;  // most tokens of any rank in this step
+  int64_t capacity = 0;  // bucket of the most tokens of any rank in this step, the same on all: >= num_tokens
   int num_sequences = 0;
+  int num_decodes = 0;      // the first so many sequences have one row each
+  int max_query_rows = 0;   // most rows of one sequence
+  int64_t max_seq_len = 0;  // bound of seq_lens
   int max_blocks = 0;
   int num_logit_rows = 0;
+  const int32_t* num_rows = nullptr;  // [1] rows that are not padding; null: all
   const int32_t* token_ids = nullptr;
   const int32_t* previous_tokens = nullptr;
   const int32_t* positions = nullptr;
@@ -40,6 +48,10 @@ struct StepInputs {
   const int32_t* block_tables = nullptr;
   const int32_t* logit_rows = nullptr;
 };
+
+// Called after the last op of a group has been enqueued: what was enqueued since the call before (or since Forward
+// began) is of that group. Groups: embed, attention_linear, attention, router, dispatch, expert, combine, head.
+using OpGroupHook = std::function<void(const char* group)>;
 
 // Used by its rank's thread. Allocates everything at creation; `config`, weights, device and dispatcher must outlive
 // it.
@@ -59,7 +71,12 @@ class Transformer {
   // F32.
   Tensor routed_experts() const { return Routed<int32_t>(experts_); }
   Tensor routed_weights() const { return Routed<float>(weights_); }
+  // Choices of each expert that this rank's tokens made, I32 [num_layers, num_experts].
+  Tensor expert_counts() const { return expert_counts_.View<int32_t>(config_.num_layers, config_.num_experts); }
   const TransformerLimits& limits() const { return limits_; }
+
+  // For benchmarks; empty: none.
+  void set_group_hook(OpGroupHook hook) { group_hook_ = std::move(hook); }
 
  private:
   Transformer(const ModelConfig& config, const TransformerLimits& limits, const SharedWeights& shared,
@@ -68,6 +85,13 @@ class Transformer {
   template <typename T>
   Tensor Routed(const Buffer& buffer) const {
     return buffer.View<T>(config_.num_layers * limits_.max_tokens, config_.experts_per_token);
+  }
+  Tensor Act(const Buffer& buffer, int64_t rows, int64_t cols) const {
+    CHECK_LE(rows * cols * DTypeBytes(act_), buffer.bytes());
+    return {buffer.data(), act_, rows, cols, cols};
+  }
+  void GroupEnds(const char* group) const {
+    if (group_hook_) group_hook_(group);
   }
   void Attention(int layer, const StepInputs& in, const KvLayer& kv, Stream& stream);
   absl::Status Moe(int layer, const StepInputs& in, Stream& stream);
@@ -78,17 +102,20 @@ class Transformer {
   const ExpertWeights& expert_weights_;
   Device& device_;
   TokenDispatcher& dispatcher_;
+  const DType act_;
+  OpGroupHook group_hook_;
 
+  Buffer residual_;  // F32 [max_tokens, hidden]
   // act [max_tokens, ...]
-  Buffer residual_;        // hidden
   Buffer normed_;          // hidden
-  Buffer delta_;           // hidden: what the next norm adds to the residual
+  Buffer delta_;           // hidden: attention's output, which the router's norm adds to the residual
   Buffer qkv_;             // (hq + 2 hkv) * head_dim
   Buffer q_;               // hq * head_dim
   Buffer attention_;       // hq * head_dim
   Buffer expert_scratch_;  // [max expert rows, width of w_in]
   Buffer experts_;         // I32, see routed_experts
   Buffer weights_;         // F32
+  Buffer expert_counts_;   // I32 [num_layers, num_experts]
   Buffer last_hidden_;     // [max_logit_rows, hidden]
   Buffer logits_;          // F32 [max_logit_rows, vocab]
 };

@@ -11,6 +11,7 @@
 #include "engine/model/checkpoint.h"
 #include "engine/model/convert.h"
 #include "engine/model/families.h"
+#include "kernels/uniform.h"
 
 namespace soloist {
 namespace {
@@ -111,14 +112,6 @@ class CheckpointSource final : public WeightSource {
   const Checkpoint checkpoint_;
 };
 
-// SplitMix64 (Steele, Lea, Flood, OOPSLA'14): a well-mixed 64-bit function of its input.
-uint64_t Mix(uint64_t x) {
-  x += 0x9e3779b97f4a7c15;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111eb;
-  return x ^ (x >> 31);
-}
-
 class DummySource final : public WeightSource {
  public:
   DummySource(const ModelConfig& config, uint64_t seed) : config_(config), seed_(seed) {}
@@ -132,25 +125,31 @@ class DummySource final : public WeightSource {
     return Fill(role, layer, expert, begin, count, out);
   }
 
+  std::optional<UniformWeights> Uniform(WeightRole role, int64_t layer, int64_t expert) const override {
+    if (role == WeightRole::kFinalNorm || role == WeightRole::kAttentionNorm || role == WeightRole::kMoeNorm) {
+      return std::nullopt;
+    }
+    if (role == WeightRole::kLmHead && config_.tie_word_embeddings) role = WeightRole::kEmbedding;
+    const auto cols = static_cast<float>(RoleShape(config_, role).second);
+    const uint64_t key = MixBits(MixBits(MixBits(MixBits(seed_) + static_cast<uint64_t>(role)) + layer) + expert);
+    // Uniform in [-a, a) has variance a^2 / 3.
+    return UniformWeights{key, role == WeightRole::kEmbedding ? std::sqrt(3.0f) : std::sqrt(3.0f / cols)};
+  }
+
  private:
   template <typename T>
   absl::Status Fill(WeightRole role, int64_t layer, int64_t expert, int64_t begin, int64_t count, T* out) const {
-    const int64_t cols = RoleShape(config_, role).second;
-    if (role == WeightRole::kFinalNorm || role == WeightRole::kAttentionNorm || role == WeightRole::kMoeNorm) {
-      for (int64_t i = 0; i < count * cols; ++i) Assign(1.0f, out[i]);
+    const int64_t cols = RoleShape(config_, role).second, first = begin * cols, last = (begin + count) * cols;
+    const std::optional<UniformWeights> uniform = Uniform(role, layer, expert);
+    if (!uniform.has_value()) {
+      for (int64_t i = first; i < last; ++i) Assign(1.0f, out[i - first]);
       return absl::OkStatus();
     }
-    if (role == WeightRole::kLmHead && config_.tie_word_embeddings) role = WeightRole::kEmbedding;
-    const uint64_t stream = Mix(Mix(Mix(Mix(seed_) + static_cast<uint64_t>(role)) + layer) + expert);
-    // Uniform in [-a, a) has variance a^2 / 3.
-    const float scale = role == WeightRole::kEmbedding ? std::sqrt(3.0f) : std::sqrt(3.0f / static_cast<float>(cols));
-    // Four 16-bit draws a mix; elements are addressed absolutely, so that any split into rows gives the same values.
-    const int64_t first = begin * cols, last = (begin + count) * cols;
+    // Elements are addressed absolutely, so that any split into rows gives the same values; one mix serves four.
     for (int64_t i = first; i < last;) {
-      const uint64_t draw = Mix(stream + static_cast<uint64_t>(i / 4));
-      for (int lane = static_cast<int>(i % 4); lane < 4 && i < last; ++lane, ++i) {
-        const auto u = static_cast<int32_t>((draw >> (16 * lane)) & 0xffff) - 32768;
-        Assign(static_cast<float>(u) * (scale / 32768.0f), out[i - first]);
+      const uint64_t draw = MixBits(uniform->key + static_cast<uint64_t>(i) / 4);
+      for (const int64_t end = std::min(last, i / 4 * 4 + 4); i < end; ++i) {
+        Assign(UniformOfDraw(draw, i, uniform->scale), out[i - first]);
       }
     }
     return absl::OkStatus();

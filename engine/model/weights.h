@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -35,6 +36,12 @@ const char* RoleName(WeightRole role);
 // {rows, cols} of a role.
 std::pair<int64_t, int64_t> RoleShape(const ModelConfig& config, WeightRole role);
 
+// A matrix that is a formula: element (row, col) = UniformAt(key, row * cols + col, scale); see kernels/uniform.h.
+struct UniformWeights {
+  uint64_t key = 0;
+  float scale = 0;
+};
+
 // Thread-safe.
 class WeightSource {
  public:
@@ -45,6 +52,10 @@ class WeightSource {
                             BFloat16* out) const = 0;
   virtual absl::Status Read(WeightRole role, int64_t layer, int64_t expert, int64_t row_begin, int64_t row_count,
                             float* out) const = 0;
+  // The role's formula, if it has one: a device can fill the matrix without reading it from here.
+  virtual std::optional<UniformWeights> Uniform(WeightRole /*role*/, int64_t /*layer*/, int64_t /*expert*/) const {
+    return std::nullopt;
+  }
 };
 
 // The safetensors of a Hugging Face folder. Every tensor that the model needs is looked up and checked here.

@@ -43,6 +43,7 @@ void AttendTask(const AttentionArgs& args, int sequence, int row_begin, int row_
     running[h] = {-std::numeric_limits<float>::infinity(), 0};
     std::fill_n(output(h), dim, 0.0f);
   }
+  if (args.seq_lens[sequence] == 0) return;
   const int last_key = first_position + row_end - 1;
   const int oldest = args.sliding_window > 0 ? std::max(0, first_position + row_begin - args.sliding_window + 1) : 0;
   for (int tile = oldest / kTile * kTile; tile <= last_key; tile += kTile) {
@@ -82,6 +83,7 @@ void CpuPagedAttention(const AttentionArgs& args, ThreadPool& pool) {
   CHECK(args.num_heads % args.kv.num_kv_heads == 0);
   CHECK_LE(args.num_heads / args.kv.num_kv_heads, kMaxGroup);
   CHECK_LE(args.kv.head_dim, kMaxHeadDim);
+  CHECK(args.kv.dtype == DType::kF32 || args.kv.dtype == DType::kBF16);
   int64_t blocks = 0;  // of kRows rows, over all sequences
   for (int s = 0; s < args.num_sequences; ++s) {
     blocks += (args.query_starts[s + 1] - args.query_starts[s] + kRows - 1) / kRows;

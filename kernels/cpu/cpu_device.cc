@@ -24,6 +24,21 @@ class CpuStream final : public Stream {
   absl::Status Synchronize() override { return absl::OkStatus(); }
 };
 
+// Always done: what came before it has run to its end.
+class CpuEvent final : public Event {
+ public:
+  using Clock = std::chrono::steady_clock;
+  bool Done() const override { return true; }
+  absl::Status Wait() override { return absl::OkStatus(); }
+  int64_t NsSince(const Event& earlier) const override {
+    return std::chrono::nanoseconds(time_ - static_cast<const CpuEvent&>(earlier).time_).count();
+  }
+  void Record() { time_ = Clock::now(); }
+
+ private:
+  Clock::time_point time_ = Clock::now();
+};
+
 // "MemAvailable" of /proc/meminfo, bytes.
 int64_t AvailableBytes() {
   std::ifstream file("/proc/meminfo");
@@ -50,9 +65,23 @@ class CpuDevice final : public Device {
  public:
   explicit CpuDevice(ThreadPool& pool) : ops_(CreateCpuOps(pool)) {}
   std::string Name() const override { return HasNativeBf16() ? "cpu (avx512_bf16)" : "cpu"; }
+  DType activation_dtype() const override { return DType::kF32; }
+  bool host_accessible() const override { return true; }
   absl::StatusOr<Buffer> Allocate(int64_t bytes) override { return Map(bytes); }
   absl::StatusOr<Buffer> AllocatePinned(int64_t bytes) override { return Map(bytes); }
   absl::StatusOr<std::unique_ptr<Stream>> CreateStream() override { return std::make_unique<CpuStream>(); }
+  absl::StatusOr<std::unique_ptr<Event>> CreateEvent() override { return std::make_unique<CpuEvent>(); }
+  void Record(Event& event, Stream&) override { static_cast<CpuEvent&>(event).Record(); }
+
+  bool can_capture() const override { return false; }
+  absl::StatusOr<std::unique_ptr<Graph>> Capture(Stream&, const std::function<absl::Status()>&) override {
+    return absl::UnimplementedError("cpu: a stream runs each call at once, nothing can be captured");
+  }
+  absl::Status Launch(const Graph&, Stream&) override {
+    return absl::UnimplementedError("cpu: there are no graphs to launch");
+  }
+  absl::Status Prepare(const OpLimits&) override { return absl::OkStatus(); }
+
   void Copy(void* dst, const void* src, int64_t bytes, Stream&) override {
     if (bytes > 0) std::memcpy(dst, src, bytes);
   }

@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "kernels/cpu/simd.h"
+#include "kernels/uniform.h"
 
 namespace soloist {
 namespace {
@@ -29,15 +30,9 @@ class CpuOps final : public Ops {
 
   void AddRmsNorm(const Tensor& residual, const Tensor& delta, const Tensor& weight, float eps, const Tensor& out,
                   Stream&) override {
-    const int64_t n = residual.cols;
-    CHECK_EQ(weight.cols, n);
-    const float* w = weight.as<const float>();
+    CHECK_EQ(weight.cols, residual.cols);
     ForRows(residual.rows, [&](int64_t i) {
-      float* x = residual.row<float>(i);
-      if (delta.data != nullptr) Axpy(1.0f, delta.row<const float>(i), x, n);
-      const float scale = 1.0f / std::sqrt(Dot(x, x, n) / static_cast<float>(n) + eps);
-      float* y = out.row<float>(i);
-      for (int64_t j = 0; j < n; ++j) y[j] = x[j] * scale * w[j];
+      AddNormRow(residual, i, delta.data != nullptr ? delta.row<const float>(i) : nullptr, weight, eps, out);
     });
   }
 
@@ -56,12 +51,14 @@ class CpuOps final : public Ops {
                     const KvLayer& kv, const Tensor& q_out, Stream&) override {
     const int64_t dim = kv.head_dim, q_heads = q_out.cols / dim;
     CHECK_EQ(qkv.cols, q_out.cols + 2 * kv.num_kv_heads * dim);
+    CHECK(kv.dtype == DType::kF32 || kv.dtype == DType::kBF16);
     ForRows(qkv.rows, [&](int64_t i) {
       CHECK(positions[i] >= 0 && positions[i] < cos_sin.rows);
-      CHECK(slot_mapping[i] >= 0 && slot_mapping[i] < kv.num_blocks * kv.block_size);
+      CHECK(slot_mapping[i] < kv.num_blocks * kv.block_size);
       const float* in = qkv.row<const float>(i);
       const float* rotation = cos_sin.row<const float>(positions[i]);
       for (int64_t h = 0; h < q_heads; ++h) Rotate(in + h * dim, rotation, dim, q_out.row<float>(i) + h * dim);
+      if (slot_mapping[i] < 0) return;
       const float* k = in + q_heads * dim;
       const float* v = k + kv.num_kv_heads * dim;
       const int64_t block = slot_mapping[i] / kv.block_size, slot = slot_mapping[i] % kv.block_size;
@@ -83,16 +80,25 @@ class CpuOps final : public Ops {
 
   void PagedAttention(const AttentionArgs& args, Stream&) override { CpuPagedAttention(args, pool_); }
 
-  void Route(const Tensor& x, const Tensor& gate, const Tensor& experts, const Tensor& weights, Stream&) override {
-    const int64_t n = gate.rows, k = experts.cols;
+  void Route(const RouteArgs& args, Stream&) override {
+    const int64_t n = args.gate.rows, k = args.experts.cols, hidden = args.residual.cols;
     CHECK_LE(n, kMaxExperts);
+    CHECK(args.norm_weight.cols == hidden && args.gate.cols == hidden);
     const BFloat16* gates[kMaxExperts];
-    for (int64_t e = 0; e < n; ++e) gates[e] = gate.row<const BFloat16>(e);
-    ForRows(x.rows, [&](int64_t i) {
+    for (int64_t e = 0; e < n; ++e) gates[e] = args.gate.row<const BFloat16>(e);
+    const int64_t real_rows = args.num_rows != nullptr ? *args.num_rows : args.residual.rows;
+    ForRows(args.residual.rows, [&](int64_t i) {
+      int32_t* chosen = args.experts.row<int32_t>(i);
+      float* weight = args.weights.row<float>(i);
+      if (i >= real_rows) {
+        std::fill_n(chosen, k, -1);
+        std::fill_n(weight, k, 0.0f);
+        return;
+      }
+      AddNormRow(args.residual, i, args.delta.data != nullptr ? args.delta.row<const float>(i) : nullptr,
+                 args.norm_weight, args.eps, args.normed);
       float logits[kMaxExperts];
-      DotRows(x.row<const float>(i), gates, static_cast<int>(n), x.cols, 1.0f, logits);
-      int32_t* chosen = experts.row<int32_t>(i);
-      float* weight = weights.row<float>(i);
+      DotRows(args.normed.row<const float>(i), gates, static_cast<int>(n), hidden, 1.0f, logits);
       for (int64_t j = 0; j < k; ++j) {
         int64_t best = 0;
         for (int64_t e = 1; e < n; ++e) {
@@ -109,17 +115,17 @@ class CpuOps final : public Ops {
     });
   }
 
-  void AssignSlots(const AssignSlotsArgs& args, Stream&) override {
-    std::fill_n(args.counts, args.num_experts, 0);
+  void DispatchRows(const DispatchRowsArgs& args, Stream&) override {
     const Tensor& experts = args.experts;
+    CHECK_LE(args.num_experts, kMaxExperts);
+    std::fill_n(args.counts, args.num_experts, 0);
     for (int64_t i = 0; i < experts.rows; ++i) {
       for (int64_t j = 0; j < experts.cols; ++j) {
         const int32_t e = experts.row<const int32_t>(i)[j];
-        CHECK(e >= 0 && e < args.num_experts);
-        args.slots.row<int32_t>(i)[j] = args.counts[e]++;
+        CHECK(e < args.num_experts);
+        args.slots.row<int32_t>(i)[j] = e < 0 ? -1 : args.counts[e]++;
       }
     }
-    CHECK_LE(args.num_experts, kMaxExperts);
     int64_t base[kMaxExperts];
     if (args.base != nullptr) {
       std::copy_n(args.base, args.num_experts, base);
@@ -130,30 +136,41 @@ class CpuOps final : public Ops {
         at += args.counts[args.order[o]];
       }
     }
-    for (int64_t i = 0; i < experts.rows; ++i) {
-      for (int64_t j = 0; j < experts.cols; ++j) {
-        args.slots.row<int32_t>(i)[j] += static_cast<int32_t>(base[experts.row<const int32_t>(i)[j]]);
-      }
+    if (args.begins != nullptr) {
+      for (int e = 0; e < args.num_experts; ++e) args.begins[e] = static_cast<int32_t>(base[e]);
     }
-  }
-
-  void ScatterRows(const Tensor& x, const Tensor& slots, const Tensor& dst, Stream&) override {
-    ForRows(x.rows, [&](int64_t i) {
-      for (int64_t j = 0; j < slots.cols; ++j) CopyRow(x, i, dst, slots.row<const int32_t>(i)[j]);
+    ForRows(args.x.rows, [&](int64_t i) {
+      for (int64_t j = 0; j < experts.cols; ++j) {
+        int32_t& slot = args.slots.row<int32_t>(i)[j];
+        if (slot < 0) continue;
+        slot += static_cast<int32_t>(base[experts.row<const int32_t>(i)[j]]);
+        CopyRow(args.x, i, args.dst, slot);
+      }
     });
+    // Last, so that rows beyond an expert's room (a row that chose it twice) do not hide that from the receiver.
+    for (int r = 0; r < args.num_headers; ++r) {
+      std::memcpy(static_cast<char*>(args.dst.data) + r * args.header_stride_bytes, args.counts,
+                  args.num_experts * sizeof(int32_t));
+    }
   }
 
   void ExpertMlp(const ExpertMlpArgs& args, Stream&) override { CpuExpertMlp(args, pool_); }
 
-  void CombineRows(const Tensor& y, const Tensor& slots, const Tensor& weights, const Tensor& out, Stream&) override {
-    ForRows(out.rows, [&](int64_t i) {
-      float* sum = out.row<float>(i);
-      std::fill_n(sum, out.cols, 0.0f);
-      for (int64_t j = 0; j < slots.cols; ++j) {
-        const int32_t slot = slots.row<const int32_t>(i)[j];
-        CHECK(slot >= 0 && slot < y.rows);
-        Axpy(weights.row<const float>(i)[j], y.row<const float>(slot), sum, out.cols);
+  void CombineRows(const CombineRowsArgs& args, Stream&) override {
+    // A row's sum is made where it stays, or where its norm will overwrite it.
+    const Tensor& sums = args.delta.data != nullptr ? args.delta : args.normed;
+    const int64_t hidden = sums.cols;
+    CHECK(args.slots.rows == 0 || args.delta.data != nullptr || args.residual.data != nullptr);
+    ForRows(args.slots.rows, [&](int64_t i) {
+      float* sum = sums.row<float>(i);
+      std::fill_n(sum, hidden, 0.0f);
+      for (int64_t j = 0; j < args.slots.cols; ++j) {
+        const int32_t slot = args.slots.row<const int32_t>(i)[j];
+        if (slot < 0) continue;
+        CHECK(slot < args.y.rows);
+        Axpy(args.weights.row<const float>(i)[j], args.y.row<const float>(slot), sum, hidden);
       }
+      if (args.residual.data != nullptr) AddNormRow(args.residual, i, sum, args.norm_weight, args.eps, args.normed);
     });
   }
 
@@ -161,6 +178,22 @@ class CpuOps final : public Ops {
     ForRows(out.rows, [&](int64_t i) {
       CHECK(rows[i] >= 0 && rows[i] < x.rows);
       CopyRow(x, rows[i], out, i);
+    });
+  }
+
+  void FillUniform(uint64_t key, float scale, int64_t first_row, const Tensor& out, Stream&) override {
+    ForRows(out.rows, [&](int64_t i) {
+      constexpr int64_t kPart = 512;
+      float part[kPart];
+      for (int64_t begin = 0; begin < out.cols; begin += kPart) {
+        const int64_t count = std::min(kPart, out.cols - begin), first = (first_row + i) * out.cols + begin;
+        for (int64_t j = 0; j < count; ++j) part[j] = UniformAt(key, first + j, scale);
+        if (out.dtype == DType::kF32) {
+          std::copy_n(part, count, out.row<float>(i) + begin);
+        } else {
+          Narrow(part, out.row<BFloat16>(i) + begin, count);
+        }
+      }
     });
   }
 
@@ -174,6 +207,18 @@ class CpuOps final : public Ops {
     pool_.ParallelFor((rows + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t task) {
       for (int64_t i = task * kRowsPerTask; i < std::min(rows, (task + 1) * kRowsPerTask); ++i) function(i);
     });
+  }
+
+  // residual[i] += delta (unless null); out[i] = RMSNorm(residual[i]). `delta` may be out's row.
+  static void AddNormRow(const Tensor& residual, int64_t i, const float* delta, const Tensor& weight, float eps,
+                         const Tensor& out) {
+    const int64_t n = residual.cols;
+    const float* w = weight.as<const float>();
+    float* x = residual.row<float>(i);
+    if (delta != nullptr) Axpy(1.0f, delta, x, n);
+    const float scale = 1.0f / std::sqrt(Dot(x, x, n) / static_cast<float>(n) + eps);
+    float* y = out.row<float>(i);
+    for (int64_t j = 0; j < n; ++j) y[j] = x[j] * scale * w[j];
   }
 
   static void CopyRow(const Tensor& from, int64_t i, const Tensor& to, int64_t j) {

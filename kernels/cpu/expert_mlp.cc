@@ -38,7 +38,9 @@ void CpuExpertMlp(const ExpertMlpArgs& args, ThreadPool& pool) {
       plan.experts.push_back({group.expert, static_cast<int64_t>(plan.rows.size()), 0});
     }
     plan.experts.back().count += count;
-    for (int64_t i = 0; i < count; ++i) plan.rows.push_back(static_cast<int32_t>(group.row_begin + i));
+    const int64_t begin = group.row_begin_on_device != nullptr ? *group.row_begin_on_device : group.row_begin;
+    CHECK(begin >= 0 && begin + count <= args.x.rows);
+    for (int64_t i = 0; i < count; ++i) plan.rows.push_back(static_cast<int32_t>(begin + i));
   }
   if (plan.rows.empty()) return;
   const std::vector<int32_t>& rows = plan.rows;

@@ -43,8 +43,7 @@ void TopLogprobs(const float* logits, int64_t n, int k, float log_sum, int32_t* 
 }
 
 void Penalize(const SampleArgs& args, int r, const SamplingRow& row, float* logits) {
-  const int64_t rows = args.logits.rows;
-  const int32_t end = r + 1 < rows ? args.params[r + 1].history_begin : args.num_history;
+  const int32_t end = args.params[r + 1].history_begin;
   const int32_t pending = row.pending_row >= 0 ? args.previous_tokens[row.pending_row] : -1;
   bool pending_seen = pending < 0;
   const auto apply = [&](int32_t token, int32_t count) {
@@ -138,7 +137,7 @@ void SampleRow(const SampleArgs& args, int r) {
   TopLogprobs(logits, n, std::max(0, row.num_top_logprobs), log_sum, args.top_tokens + int64_t{r} * kMaxTopLogprobs,
               args.top_logprobs + int64_t{r} * kMaxTopLogprobs);
 
-  const int32_t bias_end = r + 1 < args.logits.rows ? args.params[r + 1].bias_begin : args.num_bias;
+  const int32_t bias_end = args.params[r + 1].bias_begin;
   const bool penalties = row.repetition_penalty != 1 || row.presence_penalty != 0 || row.frequency_penalty != 0;
   // The chosen token's raw logit is needed after the row has been changed.
   thread_local std::vector<float> raw;

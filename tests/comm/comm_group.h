@@ -11,12 +11,14 @@
 #include <string>
 #include <string_view>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "base/check.h"
 #include "engine/comm/communicator.h"
 #include "kernels/device.h"
+#include "tests/kernels/opaque_device.h"
 
 namespace soloist {
 
@@ -68,27 +70,33 @@ struct TestGroup {
   }
 };
 
-inline TestGroup OnCpu(std::vector<std::unique_ptr<Communicator>> comms) {
+// `size` ranks that have no communicator yet.
+inline TestGroup CpuGroup(int size) {
   TestGroup group;
   group.factory = CreateDeviceFactory({.kind = "cpu", .cpu_threads = 1}).value();
-  for (std::unique_ptr<Communicator>& comm : comms) {
+  for (int r = 0; r < size; ++r) {
     TestRank rank;
-    rank.device = group.factory->CreateDevice(comm->rank()).value();
+    rank.device = group.factory->CreateDevice(r).value();
     rank.stream = rank.device->CreateStream().value();
-    rank.comm = std::move(comm);
     group.ranks.push_back(std::move(rank));
   }
   return group;
 }
 
 inline TestGroup SharedMemoryTestGroup(int size, const CommOptions& options = {}) {
-  return OnCpu(CreateSharedMemoryCommunicators(size, options));
+  TestGroup group = CpuGroup(size);
+  auto comms = CreateSharedMemoryCommunicators(size, *group.ranks[0].device, options).value();
+  for (int r = 0; r < size; ++r) group.ranks[r].comm = std::move(comms[r]);
+  return group;
 }
 
+// Its device's memory is out of the host's reach.
 inline TestGroup SelfTestGroup(int /*size*/ = 1, const CommOptions& /*options*/ = {}) {
-  std::vector<std::unique_ptr<Communicator>> comms;
-  comms.push_back(CreateSelfCommunicator());
-  return OnCpu(std::move(comms));
+  TestGroup group = CpuGroup(1);
+  TestRank& rank = group.ranks[0];
+  rank.device = CreateOpaqueDevice(std::move(rank.device));
+  rank.comm = CreateSelfCommunicator(*rank.device);
+  return group;
 }
 
 }  // namespace soloist

@@ -54,7 +54,7 @@ TEST(DispatcherFailureDeathTest, CapacityBelowTheTokensDies) {
   TestRank& rank = group.group().ranks[0];
   const auto dispatch = [&](const std::vector<int>& mine, int64_t max_tokens) {
     const DispatcherGroup::Inputs in = group.MakeInputs(rank, tokens, mine);
-    (void)group.dispatcher(0).Dispatch(in.x, in.experts, in.weights, max_tokens, *rank.stream);
+    (void)group.dispatcher(0).Dispatch(in.x, in.experts, in.weights, max_tokens, in.counts, *rank.stream);
   };
   EXPECT_DEATH(dispatch({0, 1, 2}, 2), "max_tokens");
   EXPECT_DEATH(dispatch({0, 1, 2}, 7), "max_tokens_per_rank");
@@ -75,7 +75,8 @@ TEST(DispatcherFailureTest, MaskedOverflowShowsInTheCounts) {
       for (int i = 0; i < 5; ++i) mine.push_back(rank.id() * 5 + i);
       const DispatcherGroup::Inputs in = group.MakeInputs(rank, tokens, mine);
       // Capacity 6, so that the second choices do not leave the send buffer whatever the number of ranks.
-      const auto handle = group.dispatcher(rank.id()).Dispatch(in.x, in.experts, in.weights, 6, *rank.stream);
+      const auto handle =
+          group.dispatcher(rank.id()).Dispatch(in.x, in.experts, in.weights, 6, in.counts, *rank.stream);
       ASSERT_EQ(handle.status(), absl::OkStatus());
       int64_t received = 0;
       for (const ExpertRows& rows : handle->groups) {
@@ -99,7 +100,7 @@ TEST(DispatcherFailureTest, ContiguousOverflowIsAnError) {
     std::vector<int> mine;
     for (int i = 0; i < 6; ++i) mine.push_back(rank.id() * 6 + i);
     const DispatcherGroup::Inputs in = group.MakeInputs(rank, tokens, mine);
-    const auto handle = group.dispatcher(rank.id()).Dispatch(in.x, in.experts, in.weights, 6, *rank.stream);
+    const auto handle = group.dispatcher(rank.id()).Dispatch(in.x, in.experts, in.weights, 6, in.counts, *rank.stream);
     EXPECT_EQ(handle.status().code(), absl::StatusCode::kInternal) << handle.status();
     EXPECT_NE(handle.status().message().find("48 rows come to rank 1"), std::string::npos) << handle.status();
     // As a worker does with its first error; the others wait for this rank.
@@ -116,8 +117,8 @@ TEST(DispatcherFailureTest, RanksThatDisagreeOnTheStepFail) {
     const std::vector<RoutedToken> tokens = RandomTokens(2, options, true, 5);
     group.group().Run([&](TestRank& rank) {
       const DispatcherGroup::Inputs in = group.MakeInputs(rank, tokens, {rank.id()});
-      const auto handle =
-          group.dispatcher(rank.id()).Dispatch(in.x, in.experts, in.weights, 2 + 2 * rank.id(), *rank.stream);
+      const auto handle = group.dispatcher(rank.id()).Dispatch(in.x, in.experts, in.weights, 2 + 2 * rank.id(),
+                                                               in.counts, *rank.stream);
       EXPECT_EQ(handle.status().code(), absl::StatusCode::kInternal) << handle.status();
     });
   }
@@ -134,12 +135,13 @@ TEST(DispatcherFailureTest, MissingRankEndsByTheDeadline) {
       group.group().Run([&](TestRank& rank) {
         if (rank.id() == 1 && !dispatches) return;
         const DispatcherGroup::Inputs in = group.MakeInputs(rank, tokens, {rank.id()});
-        const auto handle = group.dispatcher(rank.id()).Dispatch(in.x, in.experts, in.weights, 1, *rank.stream);
+        const auto handle =
+            group.dispatcher(rank.id()).Dispatch(in.x, in.experts, in.weights, 1, in.counts, *rank.stream);
         absl::Status status = rank.Finish(handle.status());
         if (dispatches) {
           ASSERT_EQ(status, absl::OkStatus());
           if (rank.id() == 1) return;
-          status = rank.Finish(group.dispatcher(0).Combine(*handle, in.x, *rank.stream));
+          status = rank.Finish(group.dispatcher(0).Combine(*handle, {.delta = in.x}, *rank.stream));
         }
         EXPECT_EQ(status.code(), absl::StatusCode::kDeadlineExceeded) << status;
         EXPECT_NE(status.message().find("rank 1"), std::string::npos) << status;

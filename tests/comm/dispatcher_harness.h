@@ -23,7 +23,7 @@ namespace soloist {
 
 struct RoutedToken {
   std::vector<float> x;
-  std::vector<int32_t> experts;
+  std::vector<int32_t> experts;  // negative: none (padding)
   std::vector<float> weights;
 };
 
@@ -46,6 +46,7 @@ inline std::vector<float> ReferenceOutput(const RoutedToken& token) {
   const int hidden = static_cast<int>(token.x.size());
   std::vector<float> out(token.x.size(), 0.0f), y(token.x.size());
   for (size_t j = 0; j < token.experts.size(); ++j) {
+    if (token.experts[j] < 0) continue;
     RunExpert(token.experts[j], token.x.data(), hidden, y.data());
     for (int d = 0; d < hidden; ++d) out[d] += token.weights[j] * y[d];
   }
@@ -77,9 +78,20 @@ class PoisoningDevice final : public Device {
  public:
   explicit PoisoningDevice(Device& device) : device_(device), stream_(*device.CreateStream()) {}
   std::string Name() const override { return device_.Name(); }
+  DType activation_dtype() const override { return device_.activation_dtype(); }
+  bool host_accessible() const override { return device_.host_accessible(); }
   absl::StatusOr<Buffer> Allocate(int64_t bytes) override { return Poisoned(device_.Allocate(bytes)); }
   absl::StatusOr<Buffer> AllocatePinned(int64_t bytes) override { return Poisoned(device_.AllocatePinned(bytes)); }
   absl::StatusOr<std::unique_ptr<Stream>> CreateStream() override { return device_.CreateStream(); }
+  absl::StatusOr<std::unique_ptr<Event>> CreateEvent() override { return device_.CreateEvent(); }
+  void Record(Event& event, Stream& stream) override { device_.Record(event, stream); }
+  bool can_capture() const override { return device_.can_capture(); }
+  absl::StatusOr<std::unique_ptr<Graph>> Capture(Stream& stream,
+                                                 const std::function<absl::Status()>& enqueue) override {
+    return device_.Capture(stream, enqueue);
+  }
+  absl::Status Launch(const Graph& graph, Stream& stream) override { return device_.Launch(graph, stream); }
+  absl::Status Prepare(const OpLimits& limits) override { return device_.Prepare(limits); }
   void Copy(void* dst, const void* src, int64_t bytes, Stream& stream) override {
     device_.Copy(dst, src, bytes, stream);
   }
@@ -117,26 +129,32 @@ class DispatcherGroup {
   TestGroup& group() { return group_; }
   TokenDispatcher& dispatcher(int rank) { return *dispatchers_[rank]; }
 
-  // One step of `tokens`, of which home h has those in homes[h], in this order. Returns each token's output and fails
-  // the test where an expert does not get exactly its rows.
+  // One step of `tokens`, of which home h has those in homes[h], in this order, with room for `spare` tokens more than
+  // the largest home has. Returns each token's output and fails the test where an expert does not get exactly its rows.
   std::vector<std::vector<float>> Step(const std::vector<RoutedToken>& tokens,
-                                       const std::vector<std::vector<int>>& homes, DispatchLayout layout) {
+                                       const std::vector<std::vector<int>>& homes, DispatchLayout layout,
+                                       int64_t spare = 0) {
     int64_t max_tokens = 0;
     for (const std::vector<int>& home : homes) max_tokens = std::max(max_tokens, std::ssize(home));
+    max_tokens += spare;
     std::vector<std::vector<float>> outputs(tokens.size());
     group_.Run([&](TestRank& rank) {
       const std::vector<int>& mine = homes[rank.id()];
       const Inputs in = MakeInputs(rank, tokens, mine);
-      const auto handle = dispatchers_[rank.id()]->Dispatch(in.x, in.experts, in.weights, max_tokens, *rank.stream);
+      const auto handle =
+          dispatchers_[rank.id()]->Dispatch(in.x, in.experts, in.weights, max_tokens, in.counts, *rank.stream);
       ASSERT_EQ(handle.status(), absl::OkStatus());
       EXPECT_EQ(handle->layout, layout);
+      EXPECT_EQ(dispatchers_[rank.id()]->WaitsOnHost(max_tokens), size() > 1 && layout == DispatchLayout::kContiguous);
+      CheckCounts(rank, in, tokens, mine);
       RunExperts(rank, *handle, tokens, homes);
 
       const int64_t stride = options_.hidden_size + kGap;
       const Buffer out = rank.Upload(std::vector<float>(mine.size() * stride, kPoison));
       Tensor out_tensor = in.x;
       out_tensor.data = out.data();
-      ASSERT_EQ(rank.Finish(dispatchers_[rank.id()]->Combine(*handle, out_tensor, *rank.stream)), absl::OkStatus());
+      ASSERT_EQ(rank.Finish(dispatchers_[rank.id()]->Combine(*handle, {.delta = out_tensor}, *rank.stream)),
+                absl::OkStatus());
       const std::vector<float> rows = rank.Download<float>(out.data(), std::ssize(mine) * stride);
       for (size_t i = 0; i < mine.size(); ++i) {
         const auto row = rows.begin() + static_cast<int64_t>(i) * stride;
@@ -151,8 +169,9 @@ class DispatcherGroup {
   }
 
   struct Inputs {
-    Buffer x_data, experts_data, weights_data;
+    Buffer x_data, experts_data, weights_data, counts_data;
     Tensor x, experts, weights;
+    int32_t* counts;
   };
   // Rows of x are further apart than they are long.
   Inputs MakeInputs(TestRank& rank, const std::vector<RoutedToken>& tokens, const std::vector<int>& mine) const {
@@ -164,11 +183,19 @@ class DispatcherGroup {
       experts.insert(experts.end(), tokens[t].experts.begin(), tokens[t].experts.end());
       weights.insert(weights.end(), tokens[t].weights.begin(), tokens[t].weights.end());
     }
-    Inputs in = {rank.Upload(x), rank.Upload(experts), rank.Upload(weights), {}, {}, {}};
+    Inputs in = {rank.Upload(x),
+                 rank.Upload(experts),
+                 rank.Upload(weights),
+                 rank.Filled(options_.num_experts * 4, 0xFF),
+                 {},
+                 {},
+                 {},
+                 nullptr};
     const int64_t n = std::ssize(mine), k = options_.top_k, hidden = options_.hidden_size;
     in.x = {in.x_data.data(), options_.dtype, n, hidden, hidden + kGap};
     in.experts = in.experts_data.View<int32_t>(n, k);
     in.weights = in.weights_data.View<float>(n, k);
+    in.counts = static_cast<int32_t*>(in.counts_data.data());
     return in;
   }
 
@@ -180,6 +207,17 @@ class DispatcherGroup {
     const std::vector<uint8_t> poison(static_cast<size_t>(tensor.bytes()), 0xFF);
     rank.device->Copy(tensor.data, poison.data(), tensor.bytes(), *rank.stream);
     CHECK_OK(rank.stream->Synchronize());
+  }
+
+  void CheckCounts(TestRank& rank, const Inputs& in, const std::vector<RoutedToken>& tokens,
+                   const std::vector<int>& mine) const {
+    std::vector<int32_t> expected(static_cast<size_t>(options_.num_experts), 0);
+    for (const int t : mine) {
+      for (const int32_t e : tokens[t].experts) {
+        if (e >= 0) ++expected[e];
+      }
+    }
+    EXPECT_EQ(rank.Download<int32_t>(in.counts, options_.num_experts), expected);
   }
 
   // The rows that expert `e` must get: of source after source, token after token.
@@ -217,21 +255,28 @@ class DispatcherGroup {
       const int32_t count = rank.Download<int32_t>(group.row_count, 1)[0];
       ASSERT_GE(count, 0);
       ASSERT_LE(count, group.row_capacity);
-      ASSERT_GE(group.row_begin, 0);
-      ASSERT_LE(group.row_begin + group.row_capacity, rows);
-      for (int64_t i = group.row_begin; i < group.row_begin + count; ++i) {
+      int64_t begin = group.row_begin, end = begin + group.row_capacity;
+      if (group.row_begin_on_device != nullptr) {
+        begin = rank.Download<int32_t>(group.row_begin_on_device, 1)[0];
+        end = begin + count;
+      }
+      ASSERT_GE(begin, 0);
+      ASSERT_LE(end, rows);
+      for (int64_t i = begin; i < begin + count; ++i) {
         EXPECT_EQ(owner[i], -1) << "row " << i << " belongs to two groups";
         owner[i] = group.expert;
         rows_of[group.expert].push_back(i);
       }
     }
     const std::vector<int>& local = local_experts_[rank.id()];
+    int64_t total = 0;
     for (const auto& [expert, its_rows] : rows_of) {
       ASSERT_TRUE(expert >= 0 && expert < std::ssize(local)) << "local expert " << expert;
     }
     for (int l = 0; l < std::ssize(local); ++l) {
       const std::vector<const std::vector<float>*> expected = ExpectedRows(local[l], tokens, homes);
       const std::vector<int64_t>& got = rows_of[l];
+      total += std::ssize(got);
       ASSERT_EQ(got.size(), expected.size()) << "rows of expert " << local[l] << " on rank " << rank.id();
       for (size_t i = 0; i < got.size(); ++i) {
         const float* row = in.data() + got[i] * hidden;
@@ -239,6 +284,15 @@ class DispatcherGroup {
             << "row " << i << " of expert " << local[l] << " on rank " << rank.id();
         RunExpert(local[l], row, hidden, out.data() + got[i] * hidden);
       }
+    }
+    if (handle.layout == DispatchLayout::kContiguous) {
+      EXPECT_LE(total, handle.expected_rows);
+      if (size() > 1) {
+        EXPECT_EQ(total, handle.expected_rows) << "the host knows it";
+      }
+    } else {
+      const int64_t choices = handle.max_tokens * size() * options_.top_k * std::ssize(local);
+      EXPECT_EQ(handle.expected_rows, (choices + options_.num_experts - 1) / options_.num_experts);
     }
     rank.device->Copy(handle.expert_output.data, out.data(), handle.expert_output.bytes(), *rank.stream);
     CHECK_OK(rank.stream->Synchronize());

@@ -148,6 +148,23 @@ TEST_P(DispatcherTest, PermutedPlacements) {
   }
 }
 
+// A bucket has room for more rows than any home has, and padding rows among its tokens, which go nowhere.
+TEST_P(DispatcherTest, PaddedBuckets) {
+  const DispatcherOptions options = GetParam().Options();
+  const int n = GetParam().ranks;
+  DispatcherGroup group(n, options);
+  for (const int64_t per_rank : {int64_t{1}, int64_t{8}, kMaxTokens}) {
+    std::vector<RoutedToken> tokens = RandomTokens(per_rank * n, options, /*exact_weights=*/true, 50 + per_rank);
+    for (int64_t t = 0; t < std::ssize(tokens); ++t) {
+      if (t / n >= per_rank / 2) std::ranges::fill(tokens[t].experts, -1);
+    }
+    const Homes homes = Deal(per_rank * n, n, AllRanks(n));
+    for (const int64_t spare : {int64_t{0}, kMaxTokens - per_rank}) {
+      ExpectReference(tokens, group.Step(tokens, homes, GetParam().layout, spare));
+    }
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Shapes, DispatcherTest, testing::ValuesIn(Shapes()), ShapeName);
 
 DispatcherOptions SixteenExperts(int ranks, int64_t max_tokens_per_rank, int64_t masked_max_tokens) {

@@ -3,6 +3,7 @@
 #define SOLOIST_TESTS_KERNELS_OPS_FIXTURE_H_
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 #include <memory>
@@ -18,6 +19,8 @@
 namespace soloist {
 
 inline constexpr float kPoison = std::numeric_limits<float>::quiet_NaN();
+
+inline float Widened(BFloat16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
 
 // ||out - ref|| / ||ref||.
 inline double RelativeError(const std::vector<float>& out, const std::vector<double>& ref) {

@@ -2,9 +2,8 @@
 #include "kernels/ops.h"
 
 #include <algorithm>
-#include <bit>
+#include <chrono>
 #include <cmath>
-#include <cstdio>
 #include <thread>
 #include <vector>
 
@@ -12,12 +11,11 @@
 #include "kernels/cpu/cpu_ops.h"
 #include "kernels/cpu/simd.h"
 #include "kernels/device.h"
+#include "kernels/uniform.h"
 #include "tests/kernels/ops_fixture.h"
 
 namespace soloist {
 namespace {
-
-float Widened(BFloat16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
 
 INSTANTIATE_TEST_SUITE_P(Paths, OpsTest, testing::Combine(testing::Bool(), testing::Values(1, 2)));
 
@@ -193,89 +191,94 @@ TEST_P(OpsTest, RopeAndPagedAttention) {
   }
 }
 
-TEST_P(OpsTest, RouteScatterExpertsCombine) {
-  const int n = 37, hidden = 48, inner = 40, num_experts = 5, top_k = 2;
-  const auto x = Random(n * hidden);
-  const auto gate = RandomBf16(num_experts * hidden, 0.3f);
-  for (const Activation activation : {Activation::kSiluGated, Activation::kGelu}) {
-    const int rows_in = activation == Activation::kSiluGated ? 2 * inner : inner;
-    std::vector<std::vector<BFloat16>> w_in, w_out;
-    std::vector<Tensor> t_in, t_out;
-    for (int e = 0; e < num_experts; ++e) {
-      w_in.push_back(RandomBf16(rows_in * hidden, 0.2f));
-      w_out.push_back(RandomBf16(hidden * inner, 0.2f));
-    }
-    for (int e = 0; e < num_experts; ++e) {
-      t_in.push_back(MakeTensor(w_in[e].data(), rows_in, hidden));
-      t_out.push_back(MakeTensor(w_out[e].data(), hidden, inner));
-    }
-    std::vector<int32_t> experts(n * top_k, -1), slots(n * top_k, -1), counts(num_experts, -1);
-    std::vector<float> weights(n * top_k, kPoison), out(n * hidden, kPoison);
-    const Tensor tx = MakeTensor(x.data(), n, hidden), te = MakeTensor(experts.data(), n, top_k),
-                 tw = MakeTensor(weights.data(), n, top_k), ts = MakeTensor(slots.data(), n, top_k);
-    ops().Route(tx, MakeTensor(gate.data(), num_experts, hidden), te, tw, stream());
-    const std::vector<int32_t> order = {3, 1, 4, 0, 2};
-    ops().AssignSlots(
-        {.experts = te, .order = order.data(), .num_experts = num_experts, .slots = ts, .counts = counts.data()},
-        stream());
-    std::vector<float> rows(n * top_k * hidden, kPoison), scratch(n * top_k * rows_in, kPoison),
-        y(rows.size(), kPoison);
-    const Tensor tr = MakeTensor(rows.data(), n * top_k, hidden), ty = MakeTensor(y.data(), n * top_k, hidden);
-    ops().ScatterRows(tx, ts, tr, stream());
-    std::vector<ExpertRows> groups;
-    int64_t at = 0;
-    std::vector<int32_t> halves;
-    halves.reserve(2 * num_experts);
-    for (const int32_t e : order) {  // each expert's rows in two segments, as from two sources
-      for (const int32_t part : {counts[e] / 2, counts[e] - counts[e] / 2}) {
-        halves.push_back(part);
-        groups.push_back({e, at, part, &halves.back()});
-        at += part;
-      }
-    }
-    ASSERT_EQ(at, n * top_k);
-    ops().ExpertMlp({.x = tr,
-                     .groups = groups.data(),
-                     .num_groups = static_cast<int>(groups.size()),
-                     .w_in = t_in.data(),
-                     .w_out = t_out.data(),
-                     .num_experts = num_experts,
-                     .activation = activation,
-                     .scratch = MakeTensor(scratch.data(), n * top_k, rows_in),
-                     .out = ty},
-                    stream());
-    ops().CombineRows(ty, ts, tw, MakeTensor(out.data(), n, hidden), stream());
+// Padding: a row without a slot leaves the cache alone, a sequence without keys gives zeros; others keep their bits.
+TEST_P(OpsTest, RopeAndAttentionPadding) {
+  const int heads = 4, kv_heads = 2, dim = 16, block = 4, blocks = 6;
+  const int q_width = heads * dim, width = q_width + 2 * kv_heads * dim;
+  const auto qkv = Random(7 * width), cos_sin = Random(10 * dim);
+  struct Cache {
+    std::vector<float> keys = std::vector<float>(blocks * block * kv_heads * dim, 0.5f), values = keys;
+    KvLayer Layer() { return {keys.data(), values.data(), DType::kF32, blocks, kv_heads, block, dim}; }
+  };
+  Cache padded, plain;
+  std::vector<float> q(7 * q_width, kPoison), q_plain(5 * q_width, kPoison);
+  const std::vector<int32_t> positions = {3, 0, 1, 2, 0, 0, 9}, slots = {7, 8, 9, 10, 20, -1, -1};
+  const Tensor rotation = MakeTensor(cos_sin.data(), 10, dim);
+  ops().RopeAppendKv(MakeTensor(qkv.data(), 7, width), positions.data(), slots.data(), rotation, padded.Layer(),
+                     MakeTensor(q.data(), 7, q_width), stream());
+  ops().RopeAppendKv(MakeTensor(qkv.data(), 5, width), positions.data(), slots.data(), rotation, plain.Layer(),
+                     MakeTensor(q_plain.data(), 5, q_width), stream());
+  EXPECT_EQ(padded.keys, plain.keys);
+  EXPECT_EQ(padded.values, plain.values);
+  EXPECT_TRUE(std::equal(q_plain.begin(), q_plain.end(), q.begin()));
+  EXPECT_TRUE(std::ranges::none_of(q, [](float x) { return std::isnan(x); }));
 
-    std::vector<double> ref(out.size(), 0);
-    for (int i = 0; i < n; ++i) {
-      std::vector<std::pair<double, int>> logits;
-      for (int e = 0; e < num_experts; ++e) {
-        double dot = 0;
-        for (int d = 0; d < hidden; ++d) dot += double{x[i * hidden + d]} * Widened(gate[e * hidden + d]);
-        logits.push_back({-dot, e});
-      }
-      std::sort(logits.begin(), logits.end());
-      const double second = std::exp(logits[0].first - logits[1].first);
-      for (int j = 0; j < top_k; ++j) {
-        const int e = logits[j].second;
-        ASSERT_EQ(experts[i * top_k + j], e);
-        const double weight = (j == 0 ? 1.0 : second) / (1 + second);
-        EXPECT_NEAR(weights[i * top_k + j], weight, 1e-5);
-        std::vector<double> in(rows_in), act(inner);
-        for (int r = 0; r < rows_in; ++r) {
-          for (int d = 0; d < hidden; ++d) in[r] += double{x[i * hidden + d]} * Widened(w_in[e][r * hidden + d]);
-        }
-        for (int r = 0; r < inner; ++r) {
-          act[r] = activation == Activation::kSiluGated ? in[r] / (1 + std::exp(-in[r])) * in[inner + r]
-                                                        : 0.5 * in[r] * (1 + std::erf(in[r] / std::sqrt(2.0)));
-        }
-        for (int d = 0; d < hidden; ++d) {
-          for (int r = 0; r < inner; ++r) ref[i * hidden + d] += weight * act[r] * Widened(w_out[e][d * inner + r]);
-        }
-      }
-    }
-    EXPECT_LE(RelativeError(out, ref), 1e-4);
+  // Two decodes, of which one is padding, a chunk, a padding chunk, and a padding sequence without rows.
+  const std::vector<int32_t> starts = {0, 1, 2, 5, 7, 7}, lens = {4, 0, 3, 0, 0};
+  const std::vector<int32_t> tables = {1, 0, 0, 0, 2, 0, 0, 0, 0, 0};
+  std::vector<float> out(7 * q_width, kPoison);
+  AttentionArgs args{.q = MakeTensor(q.data(), 7, q_width),
+                     .kv = padded.Layer(),
+                     .query_starts = starts.data(),
+                     .seq_lens = lens.data(),
+                     .block_tables = tables.data(),
+                     .num_sequences = 5,
+                     .num_decodes = 2,
+                     .max_query_rows = 3,
+                     .max_seq_len = 8,
+                     .max_blocks = 2,
+                     .num_heads = heads,
+                     .scale = 0.25f,
+                     .out = MakeTensor(out.data(), 7, q_width)};
+  ops().PagedAttention(args, stream());
+  const auto row_is_zero = [&](int row) {
+    return std::all_of(out.begin() + row * q_width, out.begin() + (row + 1) * q_width, [](float x) { return x == 0; });
+  };
+  for (const int row : {1, 5, 6}) EXPECT_TRUE(row_is_zero(row)) << row;
+  for (const int row : {0, 2, 3, 4}) EXPECT_FALSE(row_is_zero(row)) << row;
+  for (const auto& [sequence, row, rows] : {std::tuple(0, 0, 1), std::tuple(2, 2, 3)}) {
+    const std::vector<int32_t> alone_starts = {0, rows};
+    std::vector<float> alone(rows * q_width, kPoison);
+    AttentionArgs one = args;
+    one.q = args.q.Rows(row, rows);
+    one.out = MakeTensor(alone.data(), rows, q_width);
+    one.query_starts = alone_starts.data();
+    one.seq_lens = lens.data() + sequence;
+    one.block_tables = tables.data() + 2 * sequence;
+    one.num_sequences = 1;
+    ops().PagedAttention(one, stream());
+    EXPECT_TRUE(std::equal(alone.begin(), alone.end(), out.begin() + row * q_width));
   }
+}
+
+TEST_P(OpsTest, FillUniform) {
+  const uint64_t key = 0x1234567890abcdef;
+  for (const int cols : {1, 5, 512, 1030}) {
+    std::vector<float> wide(37 * cols, kPoison);
+    std::vector<BFloat16> narrow(wide.size(), BFloat16{0xffff}), expected(wide.size());
+    const int64_t first_row = 1000;
+    ops().FillUniform(key, 0.3f, first_row, MakeTensor(wide.data(), 37, cols), stream());
+    ops().FillUniform(key, 0.3f, first_row, MakeTensor(narrow.data(), 37, cols), stream());
+    for (int64_t i = 0; i < std::ssize(wide); ++i) {
+      ASSERT_EQ(wide[i], UniformAt(key, first_row * cols + i, 0.3f)) << cols << " " << i;
+    }
+    Narrow(wide.data(), expected.data(), std::ssize(wide));
+    for (size_t i = 0; i < wide.size(); ++i) ASSERT_EQ(narrow[i].bits, expected[i].bits) << cols << " " << i;
+  }
+}
+
+TEST_P(OpsTest, EventsAndCapture) {
+  const auto before = *device_->CreateEvent(), after = *device_->CreateEvent();
+  device_->Record(*before, stream());
+  std::this_thread::sleep_for(std::chrono::milliseconds(2));
+  device_->Record(*after, stream());
+  EXPECT_TRUE(after->Done());
+  EXPECT_TRUE(after->Wait().ok());
+  EXPECT_GE(after->NsSince(*before), 2'000'000);
+  EXPECT_EQ(after->NsSince(*after), 0);
+  EXPECT_FALSE(device_->can_capture());
+  EXPECT_EQ(device_->Capture(stream(), [] { return absl::OkStatus(); }).status().code(),
+            absl::StatusCode::kUnimplemented);
 }
 
 // Many rank threads use the pool at once.

@@ -19,18 +19,17 @@ class SampleTest : public OpsTest {
     std::vector<int32_t> tokens, top_tokens;
     std::vector<float> logprobs, top_logprobs;
   };
-  Result Sample(std::vector<float> logits, const std::vector<SamplingRow>& rows,
-                const std::vector<LogitBias>& bias = {}, const std::vector<TokenHistory>& history = {},
-                const std::vector<int32_t>& previous = {}) {
+  Result Sample(std::vector<float> logits, std::vector<SamplingRow> rows, const std::vector<LogitBias>& bias = {},
+                const std::vector<TokenHistory>& history = {}, const std::vector<int32_t>& previous = {}) {
     const auto n = static_cast<int64_t>(rows.size()), vocab = static_cast<int64_t>(logits.size()) / n;
     Result r{std::vector<int32_t>(n, -7), std::vector<int32_t>(n * kMaxTopLogprobs, -7), std::vector<float>(n, kPoison),
              std::vector<float>(n * kMaxTopLogprobs, kPoison)};
+    rows.push_back(
+        {.bias_begin = static_cast<int32_t>(bias.size()), .history_begin = static_cast<int32_t>(history.size())});
     ops().Sample({.logits = MakeTensor(logits.data(), n, vocab),
                   .params = rows.data(),
                   .bias = bias.data(),
                   .history = history.data(),
-                  .num_bias = static_cast<int32_t>(bias.size()),
-                  .num_history = static_cast<int32_t>(history.size()),
                   .previous_tokens = previous.data(),
                   .tokens = r.tokens.data(),
                   .logprobs = r.logprobs.data(),

@@ -17,6 +17,7 @@
 #include "engine/model/safetensors.h"
 #include "engine/model/weights.h"
 #include "gtest/gtest.h"
+#include "kernels/uniform.h"
 #include "nlohmann/json.hpp"
 
 namespace soloist {
@@ -168,6 +169,15 @@ TEST(DummySourceTest, PureFunctionOfItsKey) {
   EXPECT_NE(all, different);
   ASSERT_TRUE((*other)->Read(WeightRole::kExpertDown, 1, 3, 0, rows, different.data()).ok());
   EXPECT_NE(all, different);
+  // The numbers of this source are those of its first version.
+  const float step = std::sqrt(3.0f / 256) / 32768.0f;
+  for (const auto& [index, multiple] : {std::pair(0, 28122.0f), {5, -23764.0f}, {1002, 17582.0f}}) {
+    EXPECT_EQ(all[index], multiple * step) << index;
+  }
+  const auto uniform = (*source)->Uniform(WeightRole::kExpertDown, 1, 3);
+  ASSERT_TRUE(uniform.has_value());
+  for (int64_t i = 0; i < rows * cols; ++i) ASSERT_EQ(all[i], UniformAt(uniform->key, i, uniform->scale)) << i;
+  EXPECT_FALSE((*source)->Uniform(WeightRole::kMoeNorm, 1, 0).has_value());
   double square = 0;
   for (const float x : all) square += double{x} * x;
   EXPECT_NEAR(square / static_cast<double>(all.size()) * static_cast<double>(cols), 1, 0.05);

@@ -62,8 +62,8 @@ class Harness {
       return;
     }
     engine_ = *std::move(engine);
-    scheduler_options.max_tokens_per_step = engine_options.max_tokens_per_step;
-    scheduler_options.max_sequences = engine_options.max_sequences;
+    scheduler_options.max_tokens_per_step = engine_->Info().limits.max_tokens;
+    scheduler_options.max_sequences = engine_->Info().limits.max_sequences;
     scheduler_options.check_integrity_when_idle = true;
     auto loop = StepLoop::Create(scheduler_options, *engine_, Clock::Real());
     if (!loop.ok()) {

@@ -113,8 +113,9 @@ TEST(RouterTest, ChoicesEqualReference) {
                           .block_size = 16,
                           .max_tokens = 512,
                           .max_sequences = 4};
+  auto comm = CreateSelfCommunicator(**device);
   auto worker = Worker::Create(*config, {.limits = limits, .expert_rank = std::vector<int>(all.size(), 0)}, *shared,
-                               *std::move(experts), *std::move(device), CreateSelfCommunicator());
+                               *std::move(experts), *std::move(device), std::move(comm));
   ASSERT_TRUE(worker.ok()) << worker.status().ToString();
 
   int64_t checked = 0, cases = 0, step = 0;

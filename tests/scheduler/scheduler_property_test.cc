@@ -11,7 +11,8 @@ namespace soloist {
 namespace {
 
 struct Totals {
-  int64_t worlds = 0, requests = 0, tokens = 0, steps = 0, preemptions = 0, cancels = 0, hits = 0;
+  int64_t worlds = 0, requests = 0, tokens = 0, steps = 0, preemptions = 0, cancels = 0, hits = 0,
+          mixed = 0;  // plans of one home with decodes and chunks
 };
 
 // `blocks_low`..`blocks_high` per home decide how tight it is.
@@ -31,6 +32,16 @@ void RunWorld(uint64_t seed, int blocks_low, int blocks_high, Totals& totals) {
   options.force_preempt_every = below(2) == 0 ? 1 + below(7) : 0;
   const int depth = below(4) == 0 ? 1 : 2;
   Driver driver(options, engine);
+  driver.observer = [&totals](const StepPlan& plan) {
+    for (const HomePlan& home : plan.homes) {
+      int decodes = 0;
+      while (decodes < home.num_sequences() && home.query_starts()[decodes + 1] == decodes + 1) ++decodes;
+      for (int s = decodes; s < home.num_sequences(); ++s) {
+        ASSERT_GT(home.query_starts()[s + 1] - home.query_starts()[s], 1) << "sequences of one row come first";
+      }
+      if (decodes > 0 && decodes < home.num_sequences()) ++totals.mixed;
+    }
+  };
 
   const int32_t capacity = std::min(num_blocks * block_size, 80);
   const int num_requests = 10 + below(40);
@@ -78,6 +89,7 @@ void RunWorlds(const char* name, int count, int blocks_low, int blocks_high) {
       "%s: %ld worlds, %ld requests, %ld tokens equal the reference, %ld steps, %ld preemptions, %ld cancels, "
       "%ld prompt tokens from the prefix cache\n",
       name, t.worlds, t.requests, t.tokens, t.steps, t.preemptions, t.cancels, t.hits);
+  EXPECT_GT(t.mixed, 0);
   EXPECT_GT(t.preemptions, 0);
   EXPECT_GT(t.hits, 0);
 }

@@ -1,0 +1,275 @@
+#include "kernels/cuda/cuda_ops.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "base/check.h"
+#include "base/status.h"
+#include "kernels/cuda/cuda_error.h"
+#include "kernels/cuda/decode_attention.h"
+#include "kernels/cuda/row_queries.h"
+#include "kernels/cuda/sample.h"
+#include "kernels/cuda/skinny_gemm.h"
+#include "kernels/cuda/token_ops.h"
+#include "spdlog/spdlog.h"
+
+namespace soloist::cuda {
+namespace {
+
+// FP8 cache: room for a BF16 copy of so many keys and values of one layer, for cuDNN.
+constexpr int64_t kFp8ScratchTokens = 131072;
+
+BFloat16* Bf16(const Tensor& tensor) { return tensor.as<BFloat16>(); }
+
+}  // namespace
+
+absl::Status CudaOps::Prepare(const OpLimits& limits, Device& device) {
+  limits_ = limits;
+  const int64_t kv_row = 4 * int64_t{limits.num_kv_heads} * limits.head_dim;
+  // A sequence of its own for every row in deterministic mode.
+  const int64_t decode_rows = options_.deterministic ? kDecodeAttentionMaxRows : limits.max_sequences;
+  ASSIGN_OR_RETURN(decode_workspace_, device.Allocate(DecodeAttentionWorkspaceBytes(
+                                          static_cast<int>(std::min<int64_t>(decode_rows, kDecodeAttentionMaxRows)),
+                                          limits.max_model_len, limits.num_heads, limits.head_dim)));
+  if (options_.deterministic) {
+    ASSIGN_OR_RETURN(row_queries_, device.Allocate(2 * limits.max_tokens * 4));
+  }
+  ASSIGN_OR_RETURN(dispatch_scratch_,
+                   device.Allocate(DispatchRowsScratchBytes(limits.max_tokens, limits.top_k, limits.num_experts)));
+  if (limits.fp8_kv) {
+    ASSIGN_OR_RETURN(
+        fp8_scratch_,
+        device.Allocate(std::min(kFp8ScratchTokens, limits.max_sequences * limits.max_model_len) * kv_row));
+  }
+  const int64_t inner = limits.expert_hidden_size;
+  ASSIGN_OR_RETURN(compact_in_, device.Allocate(limits.max_expert_rows * limits.hidden_size * 2));
+  ASSIGN_OR_RETURN(compact_inner_, device.Allocate(limits.max_expert_rows * inner * 2));
+  ASSIGN_OR_RETURN(expert_offsets_, device.Allocate((limits.local_experts + 1) * 4));
+  ASSIGN_OR_RETURN(prefill_attention_,
+                   PrefillAttention::Create({.max_sequences = static_cast<int>(limits.max_sequences),
+                                             .max_model_len = limits.max_model_len,
+                                             .kv_scratch = fp8_scratch_.data(),
+                                             .kv_scratch_bytes = fp8_scratch_.bytes(),
+                                             .deterministic = options_.deterministic}));
+  RETURN_IF_CUDA_ERROR(device_, PrepareGroupedGemm(&grouped_));
+  return options_.deterministic ? absl::OkStatus() : TuneLinear();
+}
+
+absl::Status CudaOps::TuneLinear() {
+  const int64_t max_m = std::max(limits_.max_tokens, limits_.max_logit_rows);
+  ASSIGN_OR_RETURN(lt_gemm_, LtGemm::Create({.max_m = max_m, .tuning_file = options_.tuning_file}));
+  const int64_t hidden = limits_.hidden_size, q = int64_t{limits_.num_heads} * limits_.head_dim,
+                kv = int64_t{limits_.num_kv_heads} * limits_.head_dim;
+  const auto tune = [&](int64_t n, int64_t k, DType out, int64_t most) {
+    if (most <= kMaxSkinnyRows) return absl::OkStatus();
+    return lt_gemm_->Tune({.n = n, .k = k, .out_dtype = out, .x_stride = k, .w_stride = k, .out_stride = n}, most);
+  };
+  RETURN_IF_ERROR(tune(q + 2 * kv, hidden, DType::kBF16, limits_.max_tokens));
+  RETURN_IF_ERROR(tune(hidden, q, DType::kBF16, limits_.max_tokens));
+  RETURN_IF_ERROR(tune(limits_.vocab_size, hidden, DType::kF32, limits_.max_logit_rows));
+  spdlog::info("cuda:{} matrix products: {} algorithms searched, the others known", device_, lt_gemm_->searched());
+  return lt_gemm_->Save();
+}
+
+void CudaOps::Embed(const int32_t* token_ids, const int32_t* previous_tokens, const Tensor& table, const Tensor& out,
+                    Stream& stream) {
+  AsCuda(stream).Note(cuda::Embed(token_ids, previous_tokens, table, out, AsCuda(stream).get()), "Embed");
+}
+
+void CudaOps::AddRmsNorm(const Tensor& residual, const Tensor& delta, const Tensor& weight, float eps,
+                         const Tensor& out, Stream& stream) {
+  AsCuda(stream).Note(cuda::AddRmsNorm(residual, delta, weight, eps, out, AsCuda(stream).get()), "AddRmsNorm");
+}
+
+void CudaOps::Linear(const Tensor& x, const Tensor& w, const Tensor& out, Stream& stream) {
+  CHECK(x.cols == w.cols && out.cols == w.rows && x.rows == out.rows && w.stride == w.cols);
+  CudaStream& cuda_stream = AsCuda(stream);
+  if (x.rows > kMaxSkinnyRows && !options_.deterministic) {
+    cuda_stream.Note(lt_gemm_->Run({.n = w.rows,
+                                    .k = w.cols,
+                                    .out_dtype = out.dtype,
+                                    .x_stride = x.stride,
+                                    .w_stride = w.stride,
+                                    .out_stride = out.stride},
+                                   Bf16(x), x.rows, Bf16(w), out.data, cuda_stream.get()));
+    return;
+  }
+  for (int64_t row = 0; row < x.rows; row += kMaxSkinnyRows) {
+    const int64_t rows = std::min<int64_t>(kMaxSkinnyRows, x.rows - row);
+    cuda_stream.Note(SkinnyGemm({.x = Bf16(x.Rows(row, rows)),
+                                 .x_stride = x.stride,
+                                 .m = static_cast<int>(rows),
+                                 .w = Bf16(w),
+                                 .n = w.rows,
+                                 .k = w.cols,
+                                 .out = out.Rows(row, rows).data,
+                                 .out_dtype = out.dtype,
+                                 .out_stride = out.stride},
+                                cuda_stream.get()),
+                     "SkinnyGemm");
+  }
+}
+
+void CudaOps::RopeAppendKv(const Tensor& qkv, const int32_t* positions, const int32_t* slot_mapping,
+                           const Tensor& cos_sin, const KvLayer& kv, const Tensor& q_out, Stream& stream) {
+  AsCuda(stream).Note(cuda::RopeAppendKv(qkv, positions, slot_mapping, cos_sin, kv, q_out, AsCuda(stream).get()),
+                      "RopeAppendKv");
+}
+
+void CudaOps::PagedAttention(const AttentionArgs& args, Stream& stream) {
+  if (args.q.rows == 0) return;
+  if (options_.deterministic) return DeterministicAttention(args, stream);
+  if (args.num_decodes > 0) {
+    DecodeRows(args, 0, args.num_decodes, args.seq_lens, nullptr, args.max_seq_len, stream);
+  }
+  if (args.num_decodes < args.num_sequences) {
+    AsCuda(stream).Note(prefill_attention_->Run(args, args.num_decodes, AsCuda(stream).get()));
+  }
+}
+
+// Rows [first_row, first_row + num_rows), a call for as many as the kernel takes at once.
+void CudaOps::DecodeRows(const AttentionArgs& args, int64_t first_row, int num_rows, const int32_t* kv_lens,
+                         const int32_t* table_rows, int64_t max_len, Stream& stream) {
+  for (int done = 0; done < num_rows; done += kDecodeAttentionMaxRows) {
+    const int rows = std::min(kDecodeAttentionMaxRows, num_rows - done);
+    const int64_t row = first_row + done;
+    AsCuda(stream).Note(
+        DecodeAttention({.q = Bf16(args.q.Rows(row, rows)),
+                         .q_stride = args.q.stride,
+                         .kv = args.kv,
+                         .kv_lens = kv_lens + done,
+                         .table_rows = table_rows == nullptr ? nullptr : table_rows + done,
+                         .block_tables = table_rows == nullptr ? args.block_tables + int64_t{done} * args.max_blocks
+                                                               : args.block_tables,
+                         .max_blocks = args.max_blocks,
+                         .max_len = max_len,
+                         .num_rows = rows,
+                         .num_heads = args.num_heads,
+                         .sliding_window = args.sliding_window,
+                         .scale = args.scale,
+                         .out = Bf16(args.out.Rows(row, rows)),
+                         .out_stride = args.out.stride,
+                         .workspace = decode_workspace_.data(),
+                         .workspace_bytes = decode_workspace_.bytes()},
+                        AsCuda(stream).get()),
+        "DecodeAttention");
+  }
+}
+
+void CudaOps::DeterministicAttention(const AttentionArgs& args, Stream& stream) {
+  const int rows = static_cast<int>(args.q.rows);
+  CHECK_LE(rows, limits_.max_tokens);
+  auto* table_rows = static_cast<int32_t*>(row_queries_.data());
+  int32_t* kv_lens = table_rows + limits_.max_tokens;
+  AsCuda(stream).Note(WriteRowQueries(args.query_starts, args.seq_lens, args.num_sequences, rows, table_rows, kv_lens,
+                                      AsCuda(stream).get()),
+                      "WriteRowQueries");
+  DecodeRows(args, 0, rows, kv_lens, table_rows, args.max_seq_len, stream);
+}
+
+void CudaOps::Route(const RouteArgs& args, Stream& stream) {
+  AsCuda(stream).Note(cuda::Route(args, AsCuda(stream).get()), "Route");
+}
+
+void CudaOps::DispatchRows(const DispatchRowsArgs& args, Stream& stream) {
+  CHECK_LE(DispatchRowsScratchBytes(args.x.rows, args.experts.cols, args.num_experts), dispatch_scratch_.bytes());
+  AsCuda(stream).Note(cuda::DispatchRows(args, dispatch_scratch_.data(), AsCuda(stream).get()), "DispatchRows");
+}
+
+void CudaOps::ExpertMlp(const ExpertMlpArgs& args, Stream& stream) {
+  if (args.num_groups == 0 || args.x.rows == 0) return;
+  const int64_t per_expert = args.expected_rows / std::max(1, args.num_experts);
+  const bool fits_tiles = args.w_in[0].cols % 64 == 0 && args.w_out[0].cols % 64 == 0 && args.w_out[0].rows % 16 == 0;
+  if (per_expert <= kMaxSkinnyRows || options_.deterministic || !fits_tiles) {
+    SkinnyExpertMlp(args, stream);
+  } else {
+    GroupedExpertMlp(args, stream);
+  }
+}
+
+void CudaOps::SkinnyExpertMlp(const ExpertMlpArgs& args, Stream& stream) {
+  CHECK_LE(args.num_experts, kMaxSkinnyExperts);
+  const BFloat16* weights[kMaxSkinnyExperts];
+  const bool gated = args.activation == Activation::kSiluGated;
+  const auto half = [&](const Tensor* w, const Tensor& from, const Tensor& to, SkinnyEpilogue epilogue, bool second) {
+    for (int e = 0; e < args.num_experts; ++e) weights[e] = Bf16(w[e]);
+    AsCuda(stream).Note(SkinnyExperts({.x = Bf16(from),
+                                       .x_stride = from.stride,
+                                       .groups = args.groups,
+                                       .num_groups = args.num_groups,
+                                       .w = weights,
+                                       .num_experts = args.num_experts,
+                                       .n = w[0].rows,
+                                       .k = w[0].cols,
+                                       .epilogue = epilogue,
+                                       .out = Bf16(to),
+                                       .out_stride = to.stride,
+                                       .expected_rows = static_cast<int>(args.expected_rows / args.num_experts),
+                                       .follows_same_groups = second},
+                                      AsCuda(stream).get()),
+                        "SkinnyExperts");
+  };
+  const Tensor inner = args.scratch.Cols(0, args.w_out[0].cols);
+  half(args.w_in, args.x, inner, gated ? SkinnyEpilogue::kSiluGated : SkinnyEpilogue::kGelu, false);
+  half(args.w_out, inner, args.out, SkinnyEpilogue::kNone, true);
+}
+
+// Dense rows, two products, rows back to where they came from.
+void CudaOps::GroupedExpertMlp(const ExpertMlpArgs& args, Stream& stream) {
+  const cudaStream_t cuda_stream = AsCuda(stream).get();
+  const int64_t rows = args.x.rows, hidden = args.x.cols, inner = args.w_out[0].cols;
+  CHECK_LE(rows, limits_.max_expert_rows);
+  CHECK_LE(args.num_experts, kMaxGroupedExperts);
+  const Tensor dense = compact_in_.View<BFloat16>(rows, hidden), middle = compact_inner_.View<BFloat16>(rows, inner);
+  auto* offsets = static_cast<int32_t*>(expert_offsets_.data());
+  CompactRowsArgs compact = {.sparse = args.x,
+                             .groups = args.groups,
+                             .num_groups = args.num_groups,
+                             .num_experts = args.num_experts,
+                             .dense = dense,
+                             .row_offsets = offsets};
+  AsCuda(stream).Note(CompactRows(compact, cuda_stream), "CompactRows");
+  const BFloat16* weights[kMaxGroupedExperts];
+  const auto product = [&](const Tensor& from, const Tensor* w, const Tensor& to, GroupedActivation activation) {
+    for (int e = 0; e < args.num_experts; ++e) weights[e] = Bf16(w[e]);
+    AsCuda(stream).Note(GroupedGemm(grouped_,
+                                    {.x = Bf16(from),
+                                     .x_stride = from.stride,
+                                     .offsets = offsets,
+                                     .num_experts = args.num_experts,
+                                     .w = weights,
+                                     .w_stride = w[0].stride,
+                                     .n = to.cols,
+                                     .k = from.cols,
+                                     .activation = activation,
+                                     .out = Bf16(to),
+                                     .out_stride = to.stride,
+                                     .row_capacity = rows,
+                                     .expected_rows = args.expected_rows},
+                                    cuda_stream),
+                        "GroupedGemm");
+  };
+  product(dense, args.w_in, middle,
+          args.activation == Activation::kSiluGated ? GroupedActivation::kSiluGated : GroupedActivation::kGelu);
+  product(middle, args.w_out, dense, GroupedActivation::kNone);
+  compact.sparse = args.out;
+  AsCuda(stream).Note(ExpandRows(compact, cuda_stream), "ExpandRows");
+}
+
+void CudaOps::CombineRows(const CombineRowsArgs& args, Stream& stream) {
+  AsCuda(stream).Note(cuda::CombineRows(args, AsCuda(stream).get()), "CombineRows");
+}
+
+void CudaOps::GatherRows(const Tensor& x, const int32_t* rows, const Tensor& out, Stream& stream) {
+  AsCuda(stream).Note(cuda::GatherRows(x, rows, out, AsCuda(stream).get()), "GatherRows");
+}
+
+void CudaOps::FillUniform(uint64_t key, float scale, int64_t first_row, const Tensor& out, Stream& stream) {
+  AsCuda(stream).Note(cuda::FillUniform(key, scale, first_row, out, AsCuda(stream).get()), "FillUniform");
+}
+
+void CudaOps::Sample(const SampleArgs& args, Stream& stream) {
+  AsCuda(stream).Note(cuda::Sample(args, AsCuda(stream).get()), "Sample");
+}
+
+}  // namespace soloist::cuda

@@ -1,0 +1,70 @@
+// CudaOps: Ops on one GPU. Checks what the host can see, chooses among kernels by sizes that the host knows, and
+// launches; the kernels are in the files beside this one.
+#ifndef SOLOIST_KERNELS_CUDA_CUDA_OPS_H_
+#define SOLOIST_KERNELS_CUDA_CUDA_OPS_H_
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "kernels/cuda/cuda_device.h"
+#include "kernels/cuda/grouped_gemm.h"
+#include "kernels/cuda/lt_gemm.h"
+#include "kernels/cuda/prefill_attention.h"
+#include "kernels/device.h"
+#include "kernels/ops.h"
+
+namespace soloist::cuda {
+
+// Used by its rank's thread, with one stream at a time (the workspaces are shared).
+class CudaOps final : public Ops {
+ public:
+  CudaOps(int device, const DeviceOptions& options) : device_(device), options_(options) {}
+
+  // See Device::Prepare. Before it, only FillUniform works.
+  absl::Status Prepare(const OpLimits& limits, Device& device);
+
+  void Embed(const int32_t* token_ids, const int32_t* previous_tokens, const Tensor& table, const Tensor& out,
+             Stream& stream) override;
+  void AddRmsNorm(const Tensor& residual, const Tensor& delta, const Tensor& weight, float eps, const Tensor& out,
+                  Stream& stream) override;
+  void Linear(const Tensor& x, const Tensor& w, const Tensor& out, Stream& stream) override;
+  void RopeAppendKv(const Tensor& qkv, const int32_t* positions, const int32_t* slot_mapping, const Tensor& cos_sin,
+                    const KvLayer& kv, const Tensor& q_out, Stream& stream) override;
+  void PagedAttention(const AttentionArgs& args, Stream& stream) override;
+  void Route(const RouteArgs& args, Stream& stream) override;
+  void DispatchRows(const DispatchRowsArgs& args, Stream& stream) override;
+  void ExpertMlp(const ExpertMlpArgs& args, Stream& stream) override;
+  void CombineRows(const CombineRowsArgs& args, Stream& stream) override;
+  void GatherRows(const Tensor& x, const int32_t* rows, const Tensor& out, Stream& stream) override;
+  void FillUniform(uint64_t key, float scale, int64_t first_row, const Tensor& out, Stream& stream) override;
+  void Sample(const SampleArgs& args, Stream& stream) override;
+
+ private:
+  // The matrix shapes that a step will ask for.
+  absl::Status TuneLinear();
+  void DecodeRows(const AttentionArgs& args, int64_t first_row, int num_rows, const int32_t* kv_lens,
+                  const int32_t* table_rows, int64_t max_len, Stream& stream);
+  void DeterministicAttention(const AttentionArgs& args, Stream& stream);
+  void SkinnyExpertMlp(const ExpertMlpArgs& args, Stream& stream);
+  void GroupedExpertMlp(const ExpertMlpArgs& args, Stream& stream);
+
+  const int device_;
+  const DeviceOptions options_;
+  OpLimits limits_;
+  GroupedGemmDevice grouped_;
+  std::unique_ptr<LtGemm> lt_gemm_;
+  std::unique_ptr<PrefillAttention> prefill_attention_;
+  Buffer decode_workspace_;  // zeroed once: see DecodeAttention
+  Buffer row_queries_;       // deterministic: table rows, then lengths, I32 [2, max_tokens]
+  Buffer dispatch_scratch_;
+  Buffer fp8_scratch_;     // see PrefillOptions
+  Buffer compact_in_;      // act [max_expert_rows, hidden]: GroupedExpertMlp
+  Buffer compact_inner_;   // act [max_expert_rows, expert_hidden * 2 if gated]
+  Buffer expert_offsets_;  // I32 [local_experts + 1]
+};
+
+}  // namespace soloist::cuda
+
+#endif  // SOLOIST_KERNELS_CUDA_CUDA_OPS_H_

@@ -1,0 +1,132 @@
+// A worker on a device whose memory the host cannot touch gives the same results, bit for bit, as on the CPU's own:
+// prompts in chunks beside decodes, tokens taken from the step before, penalties, biases, log-probabilities and logits.
+#include <cmath>
+#include <memory>
+#include <numeric>
+#include <utility>
+#include <vector>
+
+#include "engine/model/config.h"
+#include "engine/model/device_weights.h"
+#include "engine/model/weights.h"
+#include "engine/worker/worker.h"
+#include "gtest/gtest.h"
+#include "tests/kernels/opaque_device.h"
+
+namespace soloist {
+namespace {
+
+constexpr int kBlockSize = 8, kBlocks = 4;  // of a sequence
+constexpr int64_t kMaxTokens = 64;
+
+struct Rank {
+  Rank(const ModelConfig& config, const WeightSource& source, bool opaque, int64_t masked_max_tokens) {
+    factory = CreateDeviceFactory({.kind = "cpu", .cpu_threads = 2}).value();
+    auto device = factory->CreateDevice(0).value();
+    if (opaque) device = CreateOpaqueDevice(std::move(device));
+    LoadProgress progress;
+    std::vector<int> all(config.num_experts);
+    std::iota(all.begin(), all.end(), 0);
+    shared = LoadSharedWeights(config, source, 256, *device, 2, progress).value();
+    ExpertWeights experts = LoadExpertWeights(config, source, all, *device, 2, progress).value();
+    auto comm = CreateSelfCommunicator(*device);
+    const PlanLimits limits{.vocab_size = static_cast<int32_t>(config.vocab_size),
+                            .max_model_len = kBlockSize * kBlocks,
+                            .num_blocks = 3 * kBlocks,
+                            .block_size = kBlockSize,
+                            .max_tokens = kMaxTokens,
+                            .max_sequences = 3};
+    worker = Worker::Create(config,
+                            {.limits = limits,
+                             .masked_max_tokens = masked_max_tokens,
+                             .expert_rank = std::vector<int>(config.num_experts, 0)},
+                            shared, std::move(experts), std::move(device), std::move(comm))
+                 .value();
+  }
+  std::unique_ptr<DeviceFactory> factory;
+  SharedWeights shared;
+  std::unique_ptr<Worker> worker;
+};
+
+// Adds `tokens` of sequence s, from `position` on, and a row of logits for the last.
+void AddSequence(HomePlanParts& parts, int s, int position, const std::vector<int32_t>& tokens) {
+  if (parts.query_starts.empty()) parts.query_starts = {0};
+  for (const int32_t token : tokens) {
+    parts.token_ids.push_back(token);
+    parts.positions.push_back(position);
+    parts.slot_mapping.push_back((s * kBlocks + position / kBlockSize) * kBlockSize + position % kBlockSize);
+    ++position;
+  }
+  parts.query_starts.push_back(static_cast<int32_t>(parts.token_ids.size()));
+  parts.seq_lens.push_back(position);
+  parts.max_blocks = kBlocks;
+  // Blocks beyond the keys are padding.
+  for (int b = 0; b < kBlocks; ++b) {
+    parts.block_tables.push_back(b * kBlockSize < position ? s * kBlocks + b : 0);
+  }
+  parts.logit_rows.push_back(static_cast<int32_t>(parts.token_ids.size()) - 1);
+  SamplingRow row;
+  row.temperature = s == 1 ? 0.8f : 0.0f;
+  row.seed_low = 5;
+  row.position = position;
+  row.bias_begin = static_cast<int32_t>(parts.bias.size());
+  row.history_begin = static_cast<int32_t>(parts.history.size());
+  if (s == 0) {
+    row.num_top_logprobs = 4;
+    parts.bias.push_back({11, -HUGE_VALF});
+  }
+  if (s == 1) {
+    row.repetition_penalty = 1.5f;
+    parts.history.insert(parts.history.end(), {{7, 1}, {9, 0}});
+  }
+  row.return_logits = s == 2 ? 1 : 0;
+  parts.sampling.push_back(row);
+}
+
+std::vector<HomePlan> Plans() {
+  std::vector<HomePlan> plans;
+  const auto add = [&](const HomePlanParts& parts, int32_t previous_rows) {
+    const auto tokens = static_cast<int32_t>(parts.token_ids.size());
+    plans.emplace_back(parts, std::ssize(plans) + 1, tokens, previous_rows);
+  };
+  HomePlanParts first, second, third;
+  AddSequence(first, 0, 0, {1, 2, 3, 4, 5, 6, 7, 8, 9});
+  AddSequence(first, 1, 0, {20, 21, 22});
+  add(first, 0);
+  AddSequence(second, 1, 3, {-2});  // row 1 of the first step
+  AddSequence(second, 0, 9, {-1});
+  AddSequence(second, 2, 0, std::vector<int32_t>(20, 33));
+  add(second, 2);
+  add(HomePlanParts{}, 3);
+  AddSequence(third, 2, 20, {4});
+  add(third, 0);
+  return plans;
+}
+
+TEST(OpaqueWorkerTest, SameBitsAsOnTheHost) {
+  for (const char* model : {"models/tiny", "models/paper16-small"}) {
+    const ModelConfig config = LoadModelConfig(model).value();
+    const auto source = CreateDummySource(config, 17).value();
+    for (const int64_t masked_max_tokens : {int64_t{0}, kMaxTokens}) {
+      Rank plain(config, *source, /*opaque=*/false, masked_max_tokens);
+      Rank opaque(config, *source, /*opaque=*/true, masked_max_tokens);
+      for (const HomePlan& plan : Plans()) {
+        const auto expected = plain.worker->Execute(plan), result = opaque.worker->Execute(plan);
+        ASSERT_EQ(expected.status(), absl::OkStatus());
+        ASSERT_EQ(result.status(), absl::OkStatus());
+        EXPECT_EQ(std::ssize(result->tokens), plan.num_logit_rows());
+        EXPECT_EQ(result->tokens, expected->tokens);
+        EXPECT_EQ(result->logprobs, expected->logprobs);
+        EXPECT_EQ(result->top_tokens, expected->top_tokens);
+        EXPECT_EQ(result->top_logprobs, expected->top_logprobs);
+        EXPECT_EQ(result->raw_logits, expected->raw_logits);
+        EXPECT_EQ(result->expert_rows, expected->expert_rows);
+        EXPECT_EQ(std::accumulate(result->expert_rows.begin(), result->expert_rows.end(), int64_t{0}),
+                  plan.num_tokens() * config.experts_per_token * config.num_layers);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace soloist
