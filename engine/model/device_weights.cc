@@ -26,7 +26,7 @@ struct Piece {
   int64_t cols;
 };
 
-constexpr int64_t kAlignment = 64;
+constexpr int64_t kAlignment = 256;
 
 int64_t Bytes(const Piece& piece) {
   const int64_t bytes = piece.rows * piece.cols * DTypeBytes(piece.dtype);

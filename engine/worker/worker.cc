@@ -98,7 +98,9 @@ absl::StatusOr<std::unique_ptr<Worker>> Worker::Create(const ModelConfig& config
                                .num_heads = static_cast<int>(config.num_heads),
                                .num_kv_heads = static_cast<int>(config.num_kv_heads),
                                .head_dim = static_cast<int>(config.head_dim),
+                               .kv_block_size = options.limits.block_size,
                                .fp8_kv = options.kv_dtype == DType::kF8E4M3,
+                               .sliding_window = static_cast<int>(config.sliding_window),
                                .num_experts = static_cast<int>(config.num_experts),
                                .local_experts = static_cast<int>(worker->experts_.layers.front().w_in.size()),
                                .top_k = static_cast<int>(config.experts_per_token)}));

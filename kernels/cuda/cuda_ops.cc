@@ -1,13 +1,14 @@
 #include "kernels/cuda/cuda_ops.h"
 
 #include <algorithm>
+#include <cmath>
 #include <utility>
+#include <vector>
 
 #include "base/check.h"
 #include "base/status.h"
 #include "kernels/cuda/cuda_error.h"
 #include "kernels/cuda/decode_attention.h"
-#include "kernels/cuda/row_queries.h"
 #include "kernels/cuda/sample.h"
 #include "kernels/cuda/skinny_gemm.h"
 #include "kernels/cuda/token_ops.h"
@@ -19,6 +20,12 @@ namespace {
 // FP8 cache: room for a BF16 copy of so many keys and values of one layer, for cuDNN.
 constexpr int64_t kFp8ScratchTokens = 131072;
 
+// Products of up to so many rows are bound by reading the weights; more rows are cuBLASLt's.
+constexpr int64_t kMaxFewRows = 64;
+
+// What GroupedGemm takes.
+bool FitsTiles(const Tensor& w) { return w.cols % 64 == 0 && w.rows % 16 == 0; }
+
 BFloat16* Bf16(const Tensor& tensor) { return tensor.as<BFloat16>(); }
 
 }  // namespace
@@ -26,14 +33,9 @@ BFloat16* Bf16(const Tensor& tensor) { return tensor.as<BFloat16>(); }
 absl::Status CudaOps::Prepare(const OpLimits& limits, Device& device) {
   limits_ = limits;
   const int64_t kv_row = 4 * int64_t{limits.num_kv_heads} * limits.head_dim;
-  // A sequence of its own for every row in deterministic mode.
-  const int64_t decode_rows = options_.deterministic ? kDecodeAttentionMaxRows : limits.max_sequences;
+  const int decode_rows = static_cast<int>(std::min<int64_t>(limits.max_sequences, kDecodeAttentionMaxRows));
   ASSIGN_OR_RETURN(decode_workspace_, device.Allocate(DecodeAttentionWorkspaceBytes(
-                                          static_cast<int>(std::min<int64_t>(decode_rows, kDecodeAttentionMaxRows)),
-                                          limits.max_model_len, limits.num_heads, limits.head_dim)));
-  if (options_.deterministic) {
-    ASSIGN_OR_RETURN(row_queries_, device.Allocate(2 * limits.max_tokens * 4));
-  }
+                                          decode_rows, limits.max_model_len, limits.num_heads, limits.head_dim)));
   ASSIGN_OR_RETURN(dispatch_scratch_,
                    device.Allocate(DispatchRowsScratchBytes(limits.max_tokens, limits.top_k, limits.num_experts)));
   if (limits.fp8_kv) {
@@ -45,14 +47,40 @@ absl::Status CudaOps::Prepare(const OpLimits& limits, Device& device) {
   ASSIGN_OR_RETURN(compact_in_, device.Allocate(limits.max_expert_rows * limits.hidden_size * 2));
   ASSIGN_OR_RETURN(compact_inner_, device.Allocate(limits.max_expert_rows * inner * 2));
   ASSIGN_OR_RETURN(expert_offsets_, device.Allocate((limits.local_experts + 1) * 4));
-  ASSIGN_OR_RETURN(prefill_attention_,
-                   PrefillAttention::Create({.max_sequences = static_cast<int>(limits.max_sequences),
-                                             .max_model_len = limits.max_model_len,
-                                             .kv_scratch = fp8_scratch_.data(),
-                                             .kv_scratch_bytes = fp8_scratch_.bytes(),
-                                             .deterministic = options_.deterministic}));
+  RETURN_IF_ERROR(PreparePrefill());
   RETURN_IF_CUDA_ERROR(device_, PrepareGroupedGemm(&grouped_));
+  ASSIGN_OR_RETURN(grouped_workspace_, device.Allocate(GroupedGemmWorkspaceBytes(grouped_)));
+  std::vector<int32_t> offsets;
+  for (int32_t m = 0; m <= kMaxFewRows; ++m) offsets.insert(offsets.end(), {0, m});
+  ASSIGN_OR_RETURN(row_offsets_, device.Allocate(std::ssize(offsets) * 4));
+  RETURN_IF_CUDA_ERROR(device_,
+                       cudaMemcpy(row_offsets_.data(), offsets.data(), row_offsets_.bytes(), cudaMemcpyHostToDevice));
   return options_.deterministic ? absl::OkStatus() : TuneLinear();
+}
+
+absl::Status CudaOps::PreparePrefill() {
+  PrefillOptions options = {.max_model_len = limits_.max_model_len,
+                            .kv_scratch = fp8_scratch_.data(),
+                            .kv_scratch_bytes = fp8_scratch_.bytes(),
+                            .use_cudnn = !options_.deterministic};
+  auto prefill = PrefillAttention::Create(options);
+  if (!prefill.ok() && options.use_cudnn) {
+    spdlog::warn("cuda:{} attention of prompts takes 2.5 times as long as it could: {}", device_,
+                 prefill.status().message());
+    options.use_cudnn = false;
+    prefill = PrefillAttention::Create(options);
+  }
+  RETURN_IF_ERROR(prefill.status());
+  prefill_attention_ = *std::move(prefill);
+  AttentionArgs like;
+  like.kv = {.dtype = limits_.fp8_kv ? DType::kF8E4M3 : DType::kBF16,
+             .num_kv_heads = limits_.num_kv_heads,
+             .block_size = limits_.kv_block_size,
+             .head_dim = limits_.head_dim};
+  like.num_heads = limits_.num_heads;
+  like.sliding_window = limits_.sliding_window;
+  like.scale = 1.0f / std::sqrt(static_cast<float>(limits_.head_dim));
+  return options.use_cudnn ? prefill_attention_->Warm(like) : absl::OkStatus();
 }
 
 absl::Status CudaOps::TuneLinear() {
@@ -61,7 +89,6 @@ absl::Status CudaOps::TuneLinear() {
   const int64_t hidden = limits_.hidden_size, q = int64_t{limits_.num_heads} * limits_.head_dim,
                 kv = int64_t{limits_.num_kv_heads} * limits_.head_dim;
   const auto tune = [&](int64_t n, int64_t k, DType out, int64_t most) {
-    if (most <= kMaxSkinnyRows) return absl::OkStatus();
     return lt_gemm_->Tune({.n = n, .k = k, .out_dtype = out, .x_stride = k, .w_stride = k, .out_stride = n}, most);
   };
   RETURN_IF_ERROR(tune(q + 2 * kv, hidden, DType::kBF16, limits_.max_tokens));
@@ -83,8 +110,10 @@ void CudaOps::AddRmsNorm(const Tensor& residual, const Tensor& delta, const Tens
 
 void CudaOps::Linear(const Tensor& x, const Tensor& w, const Tensor& out, Stream& stream) {
   CHECK(x.cols == w.cols && out.cols == w.rows && x.rows == out.rows && w.stride == w.cols);
+  if (x.rows == 0) return;
   CudaStream& cuda_stream = AsCuda(stream);
-  if (x.rows > kMaxSkinnyRows && !options_.deterministic) {
+  if (!options_.deterministic) {
+    if (x.rows <= kMaxFewRows && out.dtype == DType::kBF16 && FitsTiles(w)) return FewRows(x, w, out, stream);
     cuda_stream.Note(lt_gemm_->Run({.n = w.rows,
                                     .k = w.cols,
                                     .out_dtype = out.dtype,
@@ -110,6 +139,26 @@ void CudaOps::Linear(const Tensor& x, const Tensor& w, const Tensor& out, Stream
   }
 }
 
+void CudaOps::FewRows(const Tensor& x, const Tensor& w, const Tensor& out, Stream& stream) {
+  const BFloat16* weights = Bf16(w);
+  AsCuda(stream).Note(GroupedGemm(grouped_,
+                                  {.x = Bf16(x),
+                                   .x_stride = x.stride,
+                                   .offsets = static_cast<const int32_t*>(row_offsets_.data()) + 2 * x.rows,
+                                   .num_experts = 1,
+                                   .w = &weights,
+                                   .w_stride = w.stride,
+                                   .n = w.rows,
+                                   .k = w.cols,
+                                   .out = Bf16(out),
+                                   .out_stride = out.stride,
+                                   .row_capacity = x.rows,
+                                   .expected_rows = x.rows,
+                                   .workspace = grouped_workspace_.data()},
+                                  AsCuda(stream).get()),
+                      "GroupedGemm");
+}
+
 void CudaOps::RopeAppendKv(const Tensor& qkv, const int32_t* positions, const int32_t* slot_mapping,
                            const Tensor& cos_sin, const KvLayer& kv, const Tensor& q_out, Stream& stream) {
   AsCuda(stream).Note(cuda::RopeAppendKv(qkv, positions, slot_mapping, cos_sin, kv, q_out, AsCuda(stream).get()),
@@ -118,53 +167,32 @@ void CudaOps::RopeAppendKv(const Tensor& qkv, const int32_t* positions, const in
 
 void CudaOps::PagedAttention(const AttentionArgs& args, Stream& stream) {
   if (args.q.rows == 0) return;
-  if (options_.deterministic) return DeterministicAttention(args, stream);
-  if (args.num_decodes > 0) {
-    DecodeRows(args, 0, args.num_decodes, args.seq_lens, nullptr, args.max_seq_len, stream);
+  // In deterministic mode one kernel does prefill and decode, so that a recomputed row has the bits that it had.
+  const int decodes = options_.deterministic ? 0 : args.num_decodes;
+  for (int first = 0; first < decodes; first += kDecodeAttentionMaxRows) {
+    DecodeRows(args, first, std::min(kDecodeAttentionMaxRows, decodes - first), stream);
   }
-  if (args.num_decodes < args.num_sequences) {
-    AsCuda(stream).Note(prefill_attention_->Run(args, args.num_decodes, AsCuda(stream).get()));
-  }
+  if (decodes < args.num_sequences) AsCuda(stream).Note(prefill_attention_->Run(args, decodes, AsCuda(stream).get()));
 }
 
-// Rows [first_row, first_row + num_rows), a call for as many as the kernel takes at once.
-void CudaOps::DecodeRows(const AttentionArgs& args, int64_t first_row, int num_rows, const int32_t* kv_lens,
-                         const int32_t* table_rows, int64_t max_len, Stream& stream) {
-  for (int done = 0; done < num_rows; done += kDecodeAttentionMaxRows) {
-    const int rows = std::min(kDecodeAttentionMaxRows, num_rows - done);
-    const int64_t row = first_row + done;
-    AsCuda(stream).Note(
-        DecodeAttention({.q = Bf16(args.q.Rows(row, rows)),
-                         .q_stride = args.q.stride,
-                         .kv = args.kv,
-                         .kv_lens = kv_lens + done,
-                         .table_rows = table_rows == nullptr ? nullptr : table_rows + done,
-                         .block_tables = table_rows == nullptr ? args.block_tables + int64_t{done} * args.max_blocks
-                                                               : args.block_tables,
-                         .max_blocks = args.max_blocks,
-                         .max_len = max_len,
-                         .num_rows = rows,
-                         .num_heads = args.num_heads,
-                         .sliding_window = args.sliding_window,
-                         .scale = args.scale,
-                         .out = Bf16(args.out.Rows(row, rows)),
-                         .out_stride = args.out.stride,
-                         .workspace = decode_workspace_.data(),
-                         .workspace_bytes = decode_workspace_.bytes()},
-                        AsCuda(stream).get()),
-        "DecodeAttention");
-  }
-}
-
-void CudaOps::DeterministicAttention(const AttentionArgs& args, Stream& stream) {
-  const int rows = static_cast<int>(args.q.rows);
-  CHECK_LE(rows, limits_.max_tokens);
-  auto* table_rows = static_cast<int32_t*>(row_queries_.data());
-  int32_t* kv_lens = table_rows + limits_.max_tokens;
-  AsCuda(stream).Note(WriteRowQueries(args.query_starts, args.seq_lens, args.num_sequences, rows, table_rows, kv_lens,
+void CudaOps::DecodeRows(const AttentionArgs& args, int first, int rows, Stream& stream) {
+  AsCuda(stream).Note(DecodeAttention({.q = Bf16(args.q.Rows(first, rows)),
+                                       .q_stride = args.q.stride,
+                                       .kv = args.kv,
+                                       .kv_lens = args.seq_lens + first,
+                                       .block_tables = args.block_tables + int64_t{first} * args.max_blocks,
+                                       .max_blocks = args.max_blocks,
+                                       .max_len = args.max_seq_len,
+                                       .num_rows = rows,
+                                       .num_heads = args.num_heads,
+                                       .sliding_window = args.sliding_window,
+                                       .scale = args.scale,
+                                       .out = Bf16(args.out.Rows(first, rows)),
+                                       .out_stride = args.out.stride,
+                                       .workspace = decode_workspace_.data(),
+                                       .workspace_bytes = decode_workspace_.bytes()},
                                       AsCuda(stream).get()),
-                      "WriteRowQueries");
-  DecodeRows(args, 0, rows, kv_lens, table_rows, args.max_seq_len, stream);
+                      "DecodeAttention");
 }
 
 void CudaOps::Route(const RouteArgs& args, Stream& stream) {
@@ -178,9 +206,7 @@ void CudaOps::DispatchRows(const DispatchRowsArgs& args, Stream& stream) {
 
 void CudaOps::ExpertMlp(const ExpertMlpArgs& args, Stream& stream) {
   if (args.num_groups == 0 || args.x.rows == 0) return;
-  const int64_t per_expert = args.expected_rows / std::max(1, args.num_experts);
-  const bool fits_tiles = args.w_in[0].cols % 64 == 0 && args.w_out[0].cols % 64 == 0 && args.w_out[0].rows % 16 == 0;
-  if (per_expert <= kMaxSkinnyRows || options_.deterministic || !fits_tiles) {
+  if (options_.deterministic || !FitsTiles(args.w_in[0]) || !FitsTiles(args.w_out[0])) {
     SkinnyExpertMlp(args, stream);
   } else {
     GroupedExpertMlp(args, stream);
@@ -245,7 +271,8 @@ void CudaOps::GroupedExpertMlp(const ExpertMlpArgs& args, Stream& stream) {
                                      .out = Bf16(to),
                                      .out_stride = to.stride,
                                      .row_capacity = rows,
-                                     .expected_rows = args.expected_rows},
+                                     .expected_rows = args.expected_rows,
+                                     .workspace = grouped_workspace_.data()},
                                     cuda_stream),
                         "GroupedGemm");
   };

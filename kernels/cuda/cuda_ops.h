@@ -44,9 +44,11 @@ class CudaOps final : public Ops {
  private:
   // The matrix shapes that a step will ask for.
   absl::Status TuneLinear();
-  void DecodeRows(const AttentionArgs& args, int64_t first_row, int num_rows, const int32_t* kv_lens,
-                  const int32_t* table_rows, int64_t max_len, Stream& stream);
-  void DeterministicAttention(const AttentionArgs& args, Stream& stream);
+  absl::Status PreparePrefill();
+  // Rows [first, first + rows), each a sequence.
+  void DecodeRows(const AttentionArgs& args, int first, int rows, Stream& stream);
+  // out = x * w^T by GroupedGemm, the rows as those of one expert.
+  void FewRows(const Tensor& x, const Tensor& w, const Tensor& out, Stream& stream);
   void SkinnyExpertMlp(const ExpertMlpArgs& args, Stream& stream);
   void GroupedExpertMlp(const ExpertMlpArgs& args, Stream& stream);
 
@@ -57,12 +59,13 @@ class CudaOps final : public Ops {
   std::unique_ptr<LtGemm> lt_gemm_;
   std::unique_ptr<PrefillAttention> prefill_attention_;
   Buffer decode_workspace_;  // zeroed once: see DecodeAttention
-  Buffer row_queries_;       // deterministic: table rows, then lengths, I32 [2, max_tokens]
   Buffer dispatch_scratch_;
-  Buffer fp8_scratch_;     // see PrefillOptions
-  Buffer compact_in_;      // act [max_expert_rows, hidden]: GroupedExpertMlp
-  Buffer compact_inner_;   // act [max_expert_rows, expert_hidden * 2 if gated]
-  Buffer expert_offsets_;  // I32 [local_experts + 1]
+  Buffer fp8_scratch_;        // see PrefillOptions
+  Buffer compact_in_;         // act [max_expert_rows, hidden]: GroupedExpertMlp
+  Buffer compact_inner_;      // act [max_expert_rows, expert_hidden * 2 if gated]
+  Buffer expert_offsets_;     // I32 [local_experts + 1]
+  Buffer grouped_workspace_;  // zeroed once: see GroupedGemm
+  Buffer row_offsets_;        // I32 [kMaxFewRows + 1, 2]: {0, m} for m rows
 };
 
 }  // namespace soloist::cuda

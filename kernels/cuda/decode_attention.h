@@ -5,11 +5,11 @@
 // with kv(h) = h / (num_heads / num_kv_heads) and j in [max(0, kv_lens[i] - window), kv_lens[i]). Sums in float32; the
 // probabilities are rounded to bfloat16 (FP8 cache: to half) before they meet the values.
 //
-// A row's keys are cut into chunks at multiples of a chunk size that depends on the number of keys alone. A work item
-// is one chunk of one (row, kv head); the items of all rows are dealt out to a grid that fills the device once, so that
-// uneven lengths balance. Chunks of one pair meet in the workspace and are merged in order by whichever block finishes
-// the pair. Hence a row's bits depend on its own q, keys, length, window and scale, never on the other rows or the
-// grid.
+// A row's keys are cut into chunks at multiples of a chunk size that depends on the number of keys that it sees and on
+// the shapes alone. A work item is one chunk of one (row, kv head); the items of all rows are dealt out to a grid that
+// fills the device once, so that uneven lengths balance. Chunks of one pair meet in the workspace and are merged in
+// order by whichever block finishes the pair. Hence a row's bits depend on its own q, keys, length, window and scale,
+// never on the other rows or the grid.
 #ifndef SOLOIST_KERNELS_CUDA_DECODE_ATTENTION_H_
 #define SOLOIST_KERNELS_CUDA_DECODE_ATTENTION_H_
 
@@ -32,6 +32,9 @@ struct DecodeAttentionArgs {
   const int32_t* kv_lens = nullptr;       // [num_rows] keys of the row before the window is applied; 0: out row = 0
   const int32_t* table_rows = nullptr;    // [num_rows] the row's row of block_tables; null: row i has table row i
   const int32_t* block_tables = nullptr;  // [.., max_blocks] block ids; only those of visible keys are read
+  // Whether no kernel writes kv_lens, table_rows and block_tables, but a copy in front of the step's kernels. They are
+  // then read, and the first keys prefetched, while the kernels before this one still run.
+  bool early_tables = false;
   int max_blocks = 0;
   int64_t max_len = 0;     // bound of kv_lens, at most max_blocks * block_size; a longer row is cut off there
   int num_rows = 0;        // at most kDecodeAttentionMaxRows

@@ -100,25 +100,52 @@ class Finisher {
   __device__ __forceinline__ void ClearEmptyRows() const {
     const int columns = p_.kv_heads * p_.group * kHeadDim;
     for (int row = blockIdx.x; row < p_.num_rows; row += gridDim.x) {
-      if (__ldcg(p_.kv_lens + row) > 0) continue;
+      if (min(__ldcg(p_.kv_lens + row), p_.max_len) > 0) continue;
       for (int c = thread_ * 8; c < columns; c += kFinishers * 8) {
         *reinterpret_cast<uint4*>(p_.out + row * p_.out_stride + c) = make_uint4(0, 0, 0, 0);
       }
     }
   }
 
+  // Tickets are answered while the next item is combined.
   __device__ __forceinline__ void Run() const {
+    // [2] whether the item before is to be merged, in turns.
+    volatile int* flags = reinterpret_cast<int*>(shared_ + layout_.flags);
+    Item before;
+    bool pending = false;  // whether it took a ticket
+    int ticket = 0;
     uint32_t phase = 0;
-    for (int result = 0;;) {
+    for (int result = 0, turn = 0;; turn ^= 1) {
       const uint32_t full = SharedAddress(shared_) + layout_.result_barriers + result * kResultBarriers;
       BarrierWait(full, phase);
       const Item item = reinterpret_cast<const Item*>(shared_ + layout_.result_items)[result];
-      if (item.row < 0) return;
-      if (p_.group >= 4) {
-        Finish<kHeadDim / 16>(item, result, full + kEmptyResult);
-      } else {
-        Finish<kHeadDim / 64>(item, result, full + kEmptyResult);
+      if (item.row >= 0) {
+        if (p_.group >= 4) {
+          Combine<kHeadDim / 16>(item, result);
+        } else {
+          Combine<kHeadDim / 64>(item, result);
+        }
+        __syncwarp();
+        if (thread_ % 32 == 0) BarrierArrive(full + kEmptyResult);
       }
+      if (pending && thread_ == 0) {
+        const bool last = ticket == before.num_chunks - 1;
+        if (last) p_.tickets[Pair(before)] = 0;
+        flags[turn] = last;
+      }
+      GroupSync(kFinishers);
+      const bool merge = pending && flags[turn] != 0;
+      pending = item.row >= 0 && item.num_chunks > 1;
+      if (pending && thread_ == 0) ticket = TakeTicket(p_.tickets + Pair(item));
+      if (merge) {
+        if (p_.group >= 4) {
+          Merge<kHeadDim / 16>(before);
+        } else {
+          Merge<kHeadDim / 64>(before);
+        }
+      }
+      if (item.row < 0) return;
+      before = item;
       if (++result == layout_.results) {
         result = 0;
         phase ^= 1;
@@ -127,14 +154,20 @@ class Finisher {
   }
 
  private:
+  __device__ __forceinline__ int64_t Pair(const Item& item) const {
+    return static_cast<int64_t>(item.row) * p_.kv_heads + item.head;
+  }
+  __device__ __forceinline__ __nv_bfloat16* Out(const Item& item) const {
+    return p_.out + item.row * p_.out_stride + static_cast<int64_t>(item.head) * p_.group * kHeadDim;
+  }
+
+  // The four warps' sums to the chunk's.
   template <int kWidth>
-  __device__ __forceinline__ void Finish(const Item& item, int result, uint32_t empty) const {
+  __device__ __forceinline__ void Combine(const Item& item, int result) const {
     const float* o = reinterpret_cast<const float*>(shared_ + layout_.o + result * layout_.o_bytes);
     const float2* ml = reinterpret_cast<const float2*>(shared_ + layout_.ml) + result * kConsumerWarps * kMaxGroup;
     const int columns = p_.group * kHeadDim;
-    const int64_t pair = static_cast<int64_t>(item.row) * p_.kv_heads + item.head;
-    const int64_t slot = pair * p_.max_chunks;
-    __nv_bfloat16* out = p_.out + item.row * p_.out_stride + static_cast<int64_t>(item.head) * columns;
+    const int64_t slot = Pair(item) * p_.max_chunks + item.chunk;
     for (int column = thread_ * kWidth; column < columns; column += kFinishers * kWidth) {
       const int g = column / kHeadDim;
       const int d = column % kHeadDim;
@@ -149,34 +182,20 @@ class Finisher {
       }
       sums.Add(ms, ls, os);
       if (item.num_chunks == 1) {
-        StoreOut(out + column, sums.o, 1 / sums.l);
+        StoreOut(Out(item) + column, sums.o, 1 / sums.l);
       } else {
-        StoreFloats(p_.partial_o + (slot + item.chunk) * columns + column, sums.o);
-        if (d == 0) p_.partial_ml[(slot + item.chunk) * p_.group + g] = make_float2(sums.m, sums.l);
+        StoreFloats(p_.partial_o + slot * columns + column, sums.o);
+        if (d == 0) p_.partial_ml[slot * p_.group + g] = make_float2(sums.m, sums.l);
       }
     }
-    __syncwarp();
-    if (thread_ % 32 == 0) BarrierArrive(empty);
-    if (item.num_chunks > 1 && IsLast(item, pair)) Merge<kWidth>(item, slot, out);
   }
 
-  // Whether all chunks of the pair are in the workspace.
-  __device__ __forceinline__ bool IsLast(const Item& item, int64_t pair) const {
-    int* flag = reinterpret_cast<int*>(shared_ + layout_.flag);
-    GroupSync(kFinishers);
-    if (thread_ == 0) {
-      const bool last = TakeTicket(p_.tickets + pair) == item.num_chunks - 1;
-      if (last) p_.tickets[pair] = 0;
-      *flag = last;
-    }
-    GroupSync(kFinishers);
-    return *flag != 0;
-  }
-
+  // The chunks of the item's pair, which all are in the workspace, to the result.
   template <int kWidth>
-  __device__ __forceinline__ void Merge(const Item& item, int64_t slot, __nv_bfloat16* out) const {
+  __device__ __forceinline__ void Merge(const Item& item) const {
     constexpr int kBatch = kWidth <= 2 ? 16 : 8;  // chunks on their way at a time
     const int columns = p_.group * kHeadDim;
+    const int64_t slot = Pair(item) * p_.max_chunks;
     for (int column = thread_ * kWidth; column < columns; column += kFinishers * kWidth) {
       const int g = column / kHeadDim;
       Sums<kWidth> sums;
@@ -192,7 +211,7 @@ class Finisher {
         }
         sums.Add(ms, ls, os);
       }
-      StoreOut(out + column, sums.o, 1 / sums.l);
+      StoreOut(Out(item) + column, sums.o, 1 / sums.l);
     }
   }
 

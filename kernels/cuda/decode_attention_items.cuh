@@ -14,7 +14,8 @@ constexpr int kFinisherWarps = 2;  // make results of the consumers' sums
 constexpr int kConsumers = 32 * kConsumerWarps;
 constexpr int kFinishers = 32 * kFinisherWarps;
 constexpr int kThreads = kConsumers + kFinishers + 32;  // and one warp that feeds the pipeline
-constexpr int kChunkKeys = 256;                         // of a row that needs no more than kMaxChunks of them
+constexpr int kMinChunkKeys = 512;                      // of a row of several chunks
+constexpr int kSingleChunkKeys = 1024;                  // a row that sees no more keys is not cut
 constexpr int kMaxChunks = 64;                          // of one row
 constexpr int kMaxGroup = 16;                           // heads per kv head
 constexpr int kMaxPairs = 1 << 16;                      // rows * kv heads
@@ -24,8 +25,10 @@ __host__ __device__ constexpr int TileKeys(int head_dim, int element_bytes) {
   return head_dim * element_bytes > 128 ? 64 : 128;
 }
 
-// Chunk size of a row that sees `keys` keys; they then touch at most kMaxChunks chunks, wherever they begin.
+// Chunk size of a row that sees `keys` keys, where long rows have chunks of at least chunk_keys; they then touch at
+// most kMaxChunks chunks, wherever they begin.
 __host__ __device__ inline int64_t ChunkKeys(int64_t keys, int64_t chunk_keys) {
+  if (keys <= kSingleChunkKeys) return kSingleChunkKeys;
   while (keys > chunk_keys * (kMaxChunks - 1)) chunk_keys *= 2;
   return chunk_keys;
 }
@@ -46,10 +49,9 @@ struct Params {
   const int32_t* block_tables;
   __nv_bfloat16* out;
   int64_t out_stride;
-  int32_t*
-      next_item;     // [2] items dealt out beyond the first of each block; blocks that are done. Zero between launches
-  int32_t* tickets;  // [num_rows * kv_heads] chunks finished. Zero between launches
-  float* partial_o;  // [num_rows * kv_heads, max_chunks, group, head_dim] sums of a chunk, relative to its max
+  int32_t* next_item;  // [2] items drawn; blocks that are done. Zero between launches
+  int32_t* tickets;    // [num_rows * kv_heads] chunks finished. Zero between launches
+  float* partial_o;    // [num_rows * kv_heads, max_chunks, group, head_dim] sums of a chunk, relative to its max
   float2* partial_ml;  // [num_rows * kv_heads, max_chunks, group] max and sum of a chunk
   uint64_t policy;     // L2 policy for keys and values
   int max_blocks;
@@ -62,6 +64,7 @@ struct Params {
   int chunk_keys;
   int max_chunks;
   int stages;
+  bool early_tables;
   float scale_log2;  // scale * log2(e)
 };
 
@@ -88,7 +91,7 @@ struct SharedLayout {
   int results;   // buffers of results, each [kConsumerWarps, group, o_stride] and [kConsumerWarps, kMaxGroup]
   int o_stride;  // floats
   int o_bytes;   // of a result
-  int q, o, ml, items, result_items, stage_barriers, result_barriers, flag, rows, total;
+  int q, o, ml, items, result_items, stage_barriers, result_barriers, flags, entries, rows, total;
 
   __host__ __device__ SharedLayout(int stages, int group, int head_dim, int element_bytes, int num_rows) {
     tile_bytes = TileKeys(head_dim, element_bytes) * head_dim * element_bytes;
@@ -103,8 +106,9 @@ struct SharedLayout {
     result_items = items + stages * static_cast<int>(sizeof(Item));
     stage_barriers = result_items + results * static_cast<int>(sizeof(Item));
     result_barriers = stage_barriers + stages * kStageBarriers;
-    flag = result_barriers + results * kResultBarriers;
-    rows = flag + 16;
+    flags = result_barriers + results * kResultBarriers;
+    entries = flags + 16;
+    rows = entries + 32 * 4;
     total = rows + (2 * num_rows + 1) * 4;
   }
 };

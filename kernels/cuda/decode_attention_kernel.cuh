@@ -4,9 +4,12 @@
 // that take a quarter of every tile each (Consumer), and two that turn their sums into results (Finisher). With the
 // keys as the left operand, S^T [16 keys, 8 queries] = K Q^T and O^T [head_dim, 8 queries] += V^T P^T; the queries are
 // the heads that share the kv head, padded to 8 (kQueryTiles = 1) or 16 (2) columns that cost nothing here, where
-// memory is the limit. A consumer keeps its own maxima and sums until the end of the item. Launch: one dimension,
-// kThreads threads, as many blocks as fit on the device at once. Bytes moved: keys and values once, q and out once, and
-// for rows of several chunks twice 4 * head_dim per head and chunk.
+// memory is the limit. A consumer keeps its own maxima and sums until the end of the item.
+//
+// Launch: one dimension, kThreads threads, one or two blocks per multiprocessor.
+//
+// Bytes moved: keys and values once, q and out once, and for rows of several chunks 4 * head_dim bytes per head and
+// chunk, written and read.
 #ifndef SOLOIST_KERNELS_CUDA_DECODE_ATTENTION_KERNEL_CUH_
 #define SOLOIST_KERNELS_CUDA_DECODE_ATTENTION_KERNEL_CUH_
 
@@ -45,10 +48,10 @@ struct Consumer {
   // Byte offset in a tile of the 16 bytes that this lane names to the n-th matrix load: key `row`, 16-byte piece
   // 2n + odd, swizzled by the copy engine.
   __device__ __forceinline__ uint32_t Offset(int row, int odd, int n) const {
-    const int piece = 2 * n + odd;
-    const int part = piece / (kRowBytes / 16);
+    constexpr int kPieces = kRowBytes / 16;
+    const int part = 2 * n / kPieces;
     const int swizzle = kRowBytes == 128 ? lane & 7 : (lane >> 1) & 3;
-    return part * kTileKeys * kRowBytes + row * kRowBytes + (((piece % (kRowBytes / 16)) ^ swizzle) << 4);
+    return part * kTileKeys * kRowBytes + row * kRowBytes + (((2 * n % kPieces) ^ (odd ^ swizzle)) << 4);
   }
 
   // q_rows: [group, kHeadDim] in shared memory.
@@ -338,8 +341,14 @@ __global__ __launch_bounds__(kThreads,
     finisher.Run();
   } else {
     Producer<kHeadDim, kFp8 ? 1 : 2> producer(p, layout, shared);
-    producer.Guess();
-    PdlWait();
+    if (p.early_tables) {
+      producer.Plan();
+      producer.Prefetch();
+      PdlWait();
+    } else {
+      PdlWait();
+      producer.Plan();
+    }
     producer.Run();
   }
 }

@@ -21,45 +21,59 @@ class Producer {
         starts_(reinterpret_cast<int*>(shared + layout.rows)),
         lens_(starts_ + p.num_rows + 1),
         items_(reinterpret_cast<Item*>(shared + layout.items)),
+        entries_(reinterpret_cast<const int*>(shared + layout.entries)),
         base_(SharedAddress(shared)),
         box_keys_(min(1 << p.block_shift, kTileKeys)),
         boxes_(kTileKeys / box_keys_) {}
 
-  // May run before the kernels before this one have ended: takes what it finds in lengths and tables for a guess of the
-  // first item, and starts its keys and values on their way into the L2 cache.
-  __device__ __forceinline__ void Guess() {
-    if (p_.table_rows != nullptr) return;  // not safe to follow before it is known to be written
+  // Reads lengths and tables and finds the block's first item.
+  __device__ __forceinline__ void Plan() {
     num_items_ = CountChunks() * p_.kv_heads;
-    guessed_ = true;
     if (static_cast<int>(blockIdx.x) >= num_items_) return;
-    Locate(blockIdx.x);
-    const int first = item_.begin / kTileKeys;
+    work_ = Find(blockIdx.x);
+    work_.entry = __ldcg(Entry(work_.item, work_.loaded));
+  }
+
+  // Sends the first keys and values on their way into the L2 cache.
+  __device__ __forceinline__ void Prefetch() {
+    if (static_cast<int>(blockIdx.x) >= num_items_) return;
+    const int first = work_.item.begin / kTileKeys;
     const int last = first + min(p_.stages, 32 / boxes_);  // with the table entries that are there
-    for (int tile = first; tile * kTileKeys < item_.end && tile < last; ++tile) {
+    for (int tile = first; tile * kTileKeys < work_.item.end && tile < last; ++tile) {
       const Boxes boxes = FindBoxes(tile);
       if (!boxes.wanted) continue;
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
-        PrefetchTile(&p_.keys, part * kPartElements, boxes.map_row, p_.policy);
-        PrefetchTile(&p_.values, part * kPartElements, boxes.map_row, p_.policy);
+        PrefetchTile(&p_.keys, part * kPartElements, boxes.map_row);
+        PrefetchTile(&p_.values, part * kPartElements, boxes.map_row);
       }
     }
     __syncwarp();
   }
 
+  // The first item of a block is fixed, the others are drawn. Each is found, and its block table asked for, after the
+  // first tile of the one before it, and drawn one earlier still, so that little waits for an answer from memory.
   __device__ __forceinline__ void Run() {
+    int drawn = 0;
+    if (lane_ == 0) drawn = gridDim.x + atomicAdd(p_.next_item, 1);
     int index = blockIdx.x;
-    if (!guessed_ || !Confirm()) {
-      num_items_ = CountChunks() * p_.kv_heads;
-      if (index < num_items_) Locate(index);
-    }
     while (index < num_items_) {
-      int next = 0;  // not needed before the end of this item
-      if (lane_ == 0) next = gridDim.x + atomicAdd(p_.next_item, 1);
-      const int first = item_.begin / kTileKeys;
-      for (int tile = first; tile * kTileKeys < item_.end; ++tile) Feed(tile, tile == first);
-      index = __shfl_sync(kAllLanes, next, 0);
-      if (index < num_items_) Locate(index);
+      int tile = work_.item.begin / kTileKeys;
+      Feed(tile, true);
+      const int next = __shfl_sync(kAllLanes, drawn, 0);
+      Work after = work_;
+      if (next < num_items_) {
+        after = Find(next);
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(base_ + layout_.entries + lane_ * 4),
+                     "l"(Entry(after.item, after.loaded))
+                     : "memory");
+        if (lane_ == 0) drawn = gridDim.x + atomicAdd(p_.next_item, 1);
+      }
+      while (++tile * kTileKeys < work_.item.end) Feed(tile, false);
+      index = next;
+      work_ = after;
+      asm volatile("cp.async.wait_all;" ::: "memory");
+      work_.entry = entries_[lane_];
     }
     BarrierWait(Full() + kEmptyKeys, phase_);
     if (lane_ == 0) {
@@ -79,6 +93,13 @@ class Producer {
   static constexpr int kRowBytes = kHeadDim * kElementBytes < 128 ? kHeadDim * kElementBytes : 128;
   static constexpr int kParts = kHeadDim * kElementBytes / kRowBytes;
   static constexpr int kPartElements = kRowBytes / kElementBytes;
+
+  // An item and, in each lane i, entry loaded + i of its row's block table.
+  struct Work {
+    Item item;
+    int loaded;
+    int entry;
+  };
 
   // This lane's box of a tile, which is made of one box for each block that it meets.
   struct Boxes {
@@ -124,17 +145,9 @@ class Producer {
     return total;
   }
 
-  // Whether the guess was right.
-  __device__ __forceinline__ bool Confirm() {
-    bool same = true;
-    if (static_cast<int>(blockIdx.x) < num_items_) same = LoadEntry(loaded_) == entry_;
-    for (int row = lane_; row < p_.num_rows; row += 32) same &= min(__ldcg(p_.kv_lens + row), p_.max_len) == lens_[row];
-    return __all_sync(kAllLanes, same);
-  }
-
-  // Makes item_ the item of this index. Items are ordered by row, then kv head, then chunk, so that the chunks of a
-  // pair finish close together.
-  __device__ __forceinline__ void Locate(int index) {
+  // Without its entry. Items are ordered by row, then kv head, then chunk, so that the chunks of a pair finish close
+  // together.
+  __device__ __forceinline__ Work Find(int index) const {
     const int chunk_index = index / p_.kv_heads;
     int row = 0;
     for (int rows = p_.num_rows; rows > 1;) {  // the last row with starts_[row] <= chunk_index
@@ -142,39 +155,41 @@ class Producer {
       if (starts_[row + half] <= chunk_index) row += half;
       rows -= half;
     }
-    item_.row = row;
-    item_.num_chunks = starts_[row + 1] - starts_[row];
+    Work work;
+    Item& item = work.item;
+    item.row = row;
+    item.num_chunks = starts_[row + 1] - starts_[row];
     const int local = index - starts_[row] * p_.kv_heads;
-    item_.head = local / item_.num_chunks;
-    item_.chunk = local - item_.head * item_.num_chunks;
+    item.head = local / item.num_chunks;
+    item.chunk = local - item.head * item.num_chunks;
     const int len = lens_[row];
     const int begin = BeginOf(len);
     const int chunk_keys = ChunkKeysOf(begin, len);
-    const int chunk_begin = (begin / chunk_keys + item_.chunk) * chunk_keys;
-    item_.begin = max(begin, chunk_begin);
-    item_.end = min(len, chunk_begin + chunk_keys);
-    loaded_ = item_.begin / kTileKeys * kTileKeys >> p_.block_shift;
-    entry_ = LoadEntry(loaded_);
+    const int chunk_begin = (begin / chunk_keys + item.chunk) * chunk_keys;
+    item.begin = max(begin, chunk_begin);
+    item.end = min(len, chunk_begin + chunk_keys);
+    work.loaded = item.begin / kTileKeys * kTileKeys >> p_.block_shift;
+    return work;
   }
 
-  // The table entry of the item's row that this lane keeps when those from `block` on are kept.
-  __device__ __forceinline__ int LoadEntry(int block) const {
-    const int table_row = p_.table_rows != nullptr ? __ldcg(p_.table_rows + item_.row) : item_.row;
-    const int last_block = (item_.end - 1) >> p_.block_shift;
-    return __ldcg(p_.block_tables + static_cast<int64_t>(table_row) * p_.max_blocks + min(block + lane_, last_block));
+  // Where the table entry lies that this lane keeps when those from `block` on are kept.
+  __device__ __forceinline__ const int32_t* Entry(const Item& item, int block) const {
+    const int table_row = p_.table_rows != nullptr ? __ldcg(p_.table_rows + item.row) : item.row;
+    const int last_block = (item.end - 1) >> p_.block_shift;
+    return p_.block_tables + static_cast<int64_t>(table_row) * p_.max_blocks + min(block + lane_, last_block);
   }
 
   __device__ __forceinline__ Boxes FindBoxes(int tile) {
     const int block = tile * kTileKeys >> p_.block_shift;
-    if (block + boxes_ > loaded_ + 32) {
-      loaded_ = block;
-      entry_ = LoadEntry(block);
+    if (block + boxes_ > work_.loaded + 32) {
+      work_.loaded = block;
+      work_.entry = __ldcg(Entry(work_.item, block));
     }
-    const int id = __shfl_sync(kAllLanes, entry_, block - loaded_ + (lane_ < boxes_ ? lane_ : 0));
+    const int id = __shfl_sync(kAllLanes, work_.entry, block - work_.loaded + (lane_ < boxes_ ? lane_ : 0));
     const int key = tile * kTileKeys + lane_ * box_keys_;
     Boxes boxes;
-    boxes.wanted = lane_ < boxes_ && key < item_.end && key + box_keys_ > item_.begin;
-    boxes.map_row = ((id * p_.kv_heads + item_.head) << p_.block_shift) + (key & ((1 << p_.block_shift) - 1));
+    boxes.wanted = lane_ < boxes_ && key < work_.item.end && key + box_keys_ > work_.item.begin;
+    boxes.map_row = ((id * p_.kv_heads + work_.item.head) << p_.block_shift) + (key & ((1 << p_.block_shift) - 1));
     boxes.bytes = __popc(__ballot_sync(kAllLanes, boxes.wanted)) * box_keys_ * kRowBytes * kParts;
     return boxes;
   }
@@ -196,11 +211,11 @@ class Producer {
     const uint32_t keys = base_ + stage_ * 2 * layout_.tile_bytes;
     BarrierWait(full + kEmptyKeys, phase_);
     if (lane_ == 0) {
-      if (first) items_[stage_] = item_;
+      if (first) items_[stage_] = work_.item;
       BarrierArriveExpect(full, boxes.bytes + (first ? layout_.q_bytes : 0));
       if (first) {
         CopyBytes(base_ + layout_.q + stage_ * layout_.q_bytes,
-                  p_.q + item_.row * p_.q_stride + static_cast<int64_t>(item_.head) * p_.group * kHeadDim,
+                  p_.q + work_.item.row * p_.q_stride + static_cast<int64_t>(work_.item.head) * p_.group * kHeadDim,
                   layout_.q_bytes, full);
       }
     }
@@ -222,16 +237,14 @@ class Producer {
   int* const starts_;
   int* const lens_;
   Item* const items_;
+  const int* const entries_;
   const uint32_t base_;
   const int box_keys_;
   const int boxes_;
   int stage_ = 0;
   uint32_t phase_ = 1;  // the first wait for an empty stage passes
-  bool guessed_ = false;
   int num_items_ = 0;
-  Item item_;
-  int loaded_ = 0;  // this lane holds table entry loaded_ + lane of the item's row
-  int entry_ = 0;
+  Work work_;  // in hand
 };
 
 }  // namespace soloist::cuda::decode

@@ -23,20 +23,21 @@ enum class GroupedActivation : uint8_t {
   kSiluGated,  // silu(g) * u: w has the n gate rows, then the n up rows
 };
 
-// How the work is cut. Zeros: chosen from expected_rows. For one (n, k, num_experts, splits), a row's bits depend on
-// its own row of x only; row_tile and multicast do not change bits. Fix splits to keep bits whatever expected_rows is.
+// How the work is cut. Zeros: chosen from expected_rows. row_tile, multicast and raster change no bits. The parts of k
+// do: the device takes as many (1, 2, 4, 8; up to max_splits) as the rows that came leave room for. max_splits 1 keeps
+// a row's bits independent of all other rows.
 struct GroupedTiling {
-  int row_tile = 0;   // rows of a tile: 64, 128, 192 or 256 (192 with splits 1 only)
-  int multicast = 0;  // neighbouring tiles of weights that share one read of the rows: 1, 2 or 4
-  int splits = 0;  // parts of k, on blocks of one cluster: 1, 2, 4 or 8 (8: row_tile >= 128); multicast * splits <= 8
-  int raster = 0;  // tiles of weights (in units of multicast) that run beside each other before the next rows
+  int row_tile = 0;    // rows of a tile: 64, 128, 192 or 256
+  int multicast = 0;   // neighbouring tiles of weights that share one read of the rows: 1 or 2
+  int max_splits = 0;  // most parts of k, each on blocks of its own: 1, 2, 4 or 8
+  int raster = 0;      // tiles of weights (in units of multicast) that run beside each other before the next rows
 };
 
 // What GroupedGemm knows of a device. Filled once by PrepareGroupedGemm.
 struct GroupedGemmDevice {
   void* encode_map = nullptr;  // the driver's cuTensorMapEncodeTiled
-  int num_sms = 0;
-  int max_clusters[4] = {};  // resident clusters of 1, 2, 4, 8 blocks
+  int num_blocks = 0;          // resident, alone
+  int num_pairs = 0;           // resident, as clusters of two
 };
 
 struct GroupedGemmArgs {
@@ -55,11 +56,14 @@ struct GroupedGemmArgs {
   int64_t out_stride = 0;   // elements, multiple of 8
   int64_t row_capacity = 0;
   int64_t expected_rows = 0;  // of all experts together, as far as the host knows
+  void* workspace = nullptr;  // GroupedGemmWorkspaceBytes, zeroed once; calls that share it run one after the other
   GroupedTiling tiling;
 };
 
 // Once for the current device, outside of stream capture. cudaErrorNotSupported where the driver has no tensor maps.
 cudaError_t PrepareGroupedGemm(GroupedGemmDevice* device);
+
+int64_t GroupedGemmWorkspaceBytes(const GroupedGemmDevice& device);
 
 // What GroupedGemm uses for the zeros of args.tiling.
 GroupedTiling ChooseGroupedTiling(const GroupedGemmDevice& device, const GroupedGemmArgs& args);

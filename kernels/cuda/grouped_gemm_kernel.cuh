@@ -1,90 +1,22 @@
 // The kernel of grouped_gemm.cu.
 //
-// A unit of work is (expert e, row tile r, `multicast` neighbouring weight tiles); a cluster of multicast * splits
-// blocks computes it: block (im, is) the weight tile im over part is of k. A weight tile is 128 rows of w[e]; as the
-// operands are swapped, a block's product is [128 weight rows, up to 256 rows of x], whose transpose goes to out.
+// A unit of work is (expert e, row tile r, `multicast` neighbouring weight tiles); a cluster of `multicast` blocks
+// computes it, each block one weight tile: 128 rows of w[e]. As the operands are swapped, a block's product is [128
+// weight rows, up to 256 rows of x], whose transpose goes to out.
 //   warp group 0   producer: its first thread issues the copies of 64-column blocks of k into a ring of stages
 //   warp groups 1, 2   consumers: 64 weight rows each, wgmma m64nNk16, N = rows of the tile rounded up to 64
-// Each block reads its weights itself; each block of a multicast group reads a share of the x rows and sends it to all.
-// Units are dealt round-robin to the resident clusters. Launch: 384 threads, about 215 KB shared memory, one block per
-// SM.
-//
-// Weights are read through one five-dimensional tensor map for all experts: {64 columns, start, 8 rows, 2 halves,
-// groups}, where `start` counts 128-byte steps from the lowest w[e], so that it names both the expert and the block of
-// k. The halves of a group are rows 0-7 and 8-15 of 16 consecutive ones or, gated, 8 gate rows and the 8 up rows of the
-// same columns: a thread then holds a gate and its up in registers 4j + {0, 1} and 4j + {2, 3}.
+// Each block reads its weights itself; each block of a cluster reads a share of the x rows and sends it to all.
+// Units are dealt round-robin to the resident clusters. If there are so few that `splits` clusters can share each one,
+// they do: each takes a part of k, writes its sums to `partials` and finishes a share of the rows, adding the parts in
+// order. Launch: 384 threads, about 215 KB of shared memory, at most one block per SM, all of them resident.
 #ifndef SOLOIST_KERNELS_CUDA_GROUPED_GEMM_KERNEL_CUH_
 #define SOLOIST_KERNELS_CUDA_GROUPED_GEMM_KERNEL_CUH_
 
-#include "kernels/cuda/grouped_gemm.h"
 #include "kernels/cuda/grouped_gemm_ptx.cuh"
+#include "kernels/cuda/grouped_gemm_units.cuh"
 #include "kernels/cuda/launch.cuh"
 
 namespace soloist::cuda {
-
-inline constexpr int kGroupedThreads = 384;
-inline constexpr int kGroupedMaxStages = 8;
-inline constexpr int kGroupedWeightBytes = 128 * 128;  // of a stage
-inline constexpr int kGroupedStagingBytes = 64 * 128;  // of a consumer: 64 rows of out, 64 columns
-
-struct GroupedKernelParams {
-  const int32_t* offsets;
-  __nv_bfloat16* out;
-  float4* partials;  // [blocks of the grid][kGroupedPartials]
-  int* arrivals;     // [blocks of the grid][kGroupedMaxSplits], zero between launches
-  int64_t out_stride;
-  uint64_t w_policy;
-  int num_experts;
-  int columns;   // of out
-  int k_blocks;  // of 64
-  int row_tile;
-  int stages;
-  int x_box_rows;
-  int multicast;
-  int max_splits;
-  int weight_units;  // weight tiles / multicast, rounded up
-  int raster;
-  int32_t w_start[kMaxGroupedExperts];  // in 128-byte steps from the base of the tensor map
-};
-
-struct GroupedShared {
-  uint64_t full[kGroupedMaxStages];
-  uint64_t empty[kGroupedMaxStages];
-  int offsets[kMaxGroupedExperts + 1];
-  int tile_begin[kMaxGroupedExperts + 1];  // row tiles of the experts before
-};
-
-// Walks the units of one cluster, in ascending order.
-class UnitCursor {
- public:
-  __device__ UnitCursor(const GroupedKernelParams& params, const GroupedShared& shared)
-      : params_(params), shared_(shared) {}
-
-  // Unit `index`; false past the last one.
-  __device__ bool Seek(int index) {
-    while (expert < params_.num_experts && index >= shared_.tile_begin[expert + 1] * params_.weight_units) ++expert;
-    if (expert == params_.num_experts) return false;
-    const int row_tiles = shared_.tile_begin[expert + 1] - shared_.tile_begin[expert];
-    index -= shared_.tile_begin[expert] * params_.weight_units;
-    const int strip = index / (params_.raster * row_tiles);
-    index -= strip * params_.raster * row_tiles;
-    const int width = min(params_.raster, params_.weight_units - strip * params_.raster);
-    const int row_tile = index / width;
-    weight_unit = strip * params_.raster + index - row_tile * width;
-    row_begin = shared_.offsets[expert] + row_tile * params_.row_tile;
-    rows = min(params_.row_tile, shared_.offsets[expert + 1] - row_begin);
-    return true;
-  }
-
-  int expert = 0;
-  int weight_unit = 0;
-  int row_begin = 0;
-  int rows = 0;
-
- private:
-  const GroupedKernelParams& params_;
-  const GroupedShared& shared_;
-};
 
 // A place in the ring of stages.
 struct Ring {
@@ -98,7 +30,24 @@ struct Ring {
   }
 };
 
-__device__ __forceinline__ float Gelu(float x) { return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f)); }
+// 0.5 x (1 + erf(x / sqrt 2)) = max(x, 0) - |x| exp(-x^2 / 2) q(|x|) with q(t) = exp(t^2 / 2) erfc(t / sqrt 2) / 2,
+// here a polynomial on [0, 6]. Within 1e-4 of the value (of 1e-5 below x = -4.5), a twentieth of bf16's rounding; erff
+// takes half as long again.
+__device__ __forceinline__ float Gelu(float x) {
+  const float t = fminf(fabsf(x), 6.0f);
+  float q = -7.040954641e-7f;
+  q = fmaf(q, t, 2.211341688e-5f);
+  q = fmaf(q, t, -3.040807206e-4f);
+  q = fmaf(q, t, 2.423126875e-3f);
+  q = fmaf(q, t, -1.254093087e-2f);
+  q = fmaf(q, t, 4.512734260e-2f);
+  q = fmaf(q, t, -1.193526861e-1f);
+  q = fmaf(q, t, 2.441356241e-1f);
+  q = fmaf(q, t, -3.978910329e-1f);
+  q = fmaf(q, t, 4.999661087e-1f);
+  const float density = ptx::Exp2(x * -0.72134752f * x);
+  return fmaf(-fabsf(x) * density, q, fmaxf(x, 0.0f));
+}
 __device__ __forceinline__ float SiluGate(float g, float u) { return __fdividef(g, 1.0f + __expf(-g)) * u; }
 
 // What a consumer thread needs to know.
@@ -108,23 +57,22 @@ struct Consumer {
   uint32_t empty_at;
   uint32_t staging_at;
   uint32_t stage_bytes;
+  const CUtensorMap* out_map;
   int group;   // 0, 1
   int thread;  // of the group
   int warp;
   int lane;
-  uint32_t block_in_cluster;
-  uint32_t peers_begin;  // first block of the multicast group
 };
 
-__device__ __forceinline__ void Release(const GroupedKernelParams& params, const Consumer& me, int stage) {
-  if (me.lane < params.multicast) ptx::BarrierArriveAt(me.empty_at + 8 * stage, me.peers_begin + me.lane);
-}
-
-// acc = the block's product over its part of k, of `blocks` blocks.
+// acc = the block's product over `blocks` blocks of k.
 template <int N>
 __device__ __forceinline__ void Multiply(const GroupedKernelParams& params, const Consumer& me, Ring& ring, int blocks,
                                          float (&acc)[128]) {
+  const auto release = [&](int stage) {
+    if (me.lane < params.multicast) ptx::BarrierArriveAt(me.empty_at + 8 * stage, me.lane);
+  };
   int previous = 0;
+#pragma unroll 1
   for (int block = 0; block < blocks; ++block) {
     ptx::BarrierWait(me.full_at + 8 * ring.stage, ring.parity);
     const uint32_t at = me.stages_at + ring.stage * me.stage_bytes;
@@ -137,23 +85,23 @@ __device__ __forceinline__ void Multiply(const GroupedKernelParams& params, cons
     // One block of k stays in flight; the one before has been read.
     if (block > 0) {
       ptx::WgmmaWait<1>();
-      Release(params, me, previous);
+      release(previous);
     }
     previous = ring.stage;
     ring.Advance(params.stages);
   }
   ptx::WgmmaWait<0>();
-  Release(params, me, previous);
+  release(previous);
 }
 
-// Puts 16 x rows (columns of the product; v: this thread's part) into place `slot` (0 to 3) of the staging area.
+// Puts 16 x rows (columns of the product; v: this thread's part) into place `slot` (0 to 3) of a staging area. Its rows
+// have 128 bytes (64 if gated) and the copy engine's swizzle of that width, which keeps 8 of them on distinct banks.
 template <GroupedActivation kActivation>
-__device__ __forceinline__ void StageRows(const Consumer& me, int slot, const float* v) {
+__device__ __forceinline__ void StageRows(const Consumer& me, uint32_t staging_at, int slot, const float* v) {
   const int i = me.lane & 7;
   if constexpr (kActivation == GroupedActivation::kSiluGated) {
-    // 64-byte rows; the swizzle keeps 8 of them on distinct banks.
     const int row = slot * 16 + ((me.lane >> 3) & 1) * 8 + i;
-    ptx::StoreTransposed2(me.staging_at + row * 64 + ((me.warp ^ (row >> 1)) & 3) * 16,
+    ptx::StoreTransposed2(staging_at + row * 64 + ((me.warp ^ (row >> 1)) & 3) * 16,
                           ptx::Pack(SiluGate(v[0], v[2]), SiluGate(v[1], v[3])),
                           ptx::Pack(SiluGate(v[4], v[6]), SiluGate(v[5], v[7])));
   } else {
@@ -162,198 +110,268 @@ __device__ __forceinline__ void StageRows(const Consumer& me, int slot, const fl
     for (int c = 0; c < 8; ++c) y[c] = kActivation == GroupedActivation::kGelu ? Gelu(v[c]) : v[c];
     const int matrix = me.lane >> 3;
     const int row = slot * 16 + (matrix >> 1) * 8 + i;
-    ptx::StoreTransposed4(me.staging_at + row * 128 + ((me.warp * 2 + (matrix & 1)) ^ i) * 16, ptx::Pack(y[0], y[1]),
+    ptx::StoreTransposed4(staging_at + row * 128 + ((me.warp * 2 + (matrix & 1)) ^ i) * 16, ptx::Pack(y[0], y[1]),
                           ptx::Pack(y[2], y[3]), ptx::Pack(y[4], y[5]), ptx::Pack(y[6], y[7]));
   }
 }
 
-// Writes the staged rows, the first of which is x row `first` of the unit, to out. `column`: the group's first.
+// Writes the staged rows, the first of which is x row `first` of the unit, to out, all but those past the unit's last
+// and the columns past out's. `column`: the group's first. Between two GroupSync.
 template <GroupedActivation kActivation>
 __device__ __forceinline__ void StoreRows(const GroupedKernelParams& params, const Consumer& me, const UnitCursor& unit,
-                                          int column, int first, int count) {
+                                          uint32_t staging_at, int column, int first, int count) {
   constexpr bool kGated = kActivation == GroupedActivation::kSiluGated;
   constexpr int kPieces = kGated ? 4 : 8;  // of 16 bytes, in a row
-  ptx::GroupSync(1 + me.group);
   for (int index = me.thread; index < count * kPieces; index += 128) {
     const int row = index / kPieces;
     const int piece = index % kPieces;
     const int swizzled = kGated ? (piece ^ (row >> 1)) & 3 : piece ^ (row & 7);
     if (first + row < unit.rows && column + piece * 8 < params.columns) {
-      const uint4 v = ptx::LoadShared16(me.staging_at + row * (kPieces * 16) + swizzled * 16);
+      const uint4 v = ptx::LoadShared16(staging_at + row * (kPieces * 16) + swizzled * 16);
       *reinterpret_cast<uint4*>(params.out + (unit.row_begin + first + row) * params.out_stride + column + piece * 8) =
           v;
     }
   }
-  ptx::GroupSync(1 + me.group);
 }
 
-// One unit with N columns of the product.
+// Rounds a whole product and writes it to out, 64 rows at a time: the copy engine where all of them are the expert's.
+template <GroupedActivation kActivation, int N>
+__device__ __forceinline__ void StoreProduct(const GroupedKernelParams& params, const Consumer& me,
+                                             const UnitCursor& unit, int column, const float (&acc)[128]) {
+#pragma unroll
+  for (int chunk = 0; chunk < N / 64; ++chunk) {
+    const uint32_t at = me.staging_at + (params.staging_buffers == 2 ? (chunk & 1) * kGroupedStagingBytes : 0);
+    if (me.thread == 0) {
+      // The last store from this area has read it.
+      if (params.staging_buffers == 2) {
+        ptx::StoreWaitRead<1>();
+      } else {
+        ptx::StoreWaitRead<0>();
+      }
+    }
+    ptx::GroupSync(1 + me.group, 128);
+#pragma unroll
+    for (int slot = 0; slot < 4; ++slot) StageRows<kActivation>(me, at, slot, acc + chunk * 32 + slot * 8);
+    ptx::ProxyFence();
+    ptx::GroupSync(1 + me.group, 128);
+    const bool whole = chunk * 64 + 64 <= unit.rows;
+    if (me.thread == 0) {
+      if (whole) ptx::Store2d(me.out_map, at, column, unit.row_begin + chunk * 64);
+      ptx::StoreCommit();
+    }
+    if (!whole) StoreRows<kActivation>(params, me, unit, at, column, chunk * 64, 64);
+  }
+}
+
+// One unit, or this block's part of it, with N columns of the product. `last`: the block has no other unit after it.
 template <GroupedActivation kActivation, int N>
 __device__ __forceinline__ void ComputeUnit(const GroupedKernelParams& params, const Consumer& me, Ring& ring,
-                                            const UnitCursor& unit, int column, int blocks, int split) {
+                                            const UnitCursor& unit, int column, int blocks, const GroupedSplit& split,
+                                            bool last) {
+  constexpr int kConsumers = 256;
+  constexpr int kGroups = N / 8;  // of x rows
   float acc[128];
   Multiply<N>(params, me, ring, blocks, acc);
-  if (params.splits == 1) {
-#pragma unroll
-    for (int chunk = 0; chunk < N / 64; ++chunk) {
-#pragma unroll
-      for (int slot = 0; slot < 4; ++slot) StageRows<kActivation>(me, slot, acc + chunk * 32 + slot * 8);
-      StoreRows<kActivation>(params, me, unit, column, chunk * 64, 64);
-    }
+  if (!last) {
+    StoreProduct<kActivation, N>(params, me, unit, column, acc);
     return;
   }
-  // Each block of the cluster finishes its share of the x rows: send it the partial sums of those.
-  ptx::ClusterSync();                       // all stages have been read: they may hold the sums
-  const int share = N / 8 / params.splits;  // in groups of 8 x rows; a power of two
-  const int share_bits = __ffs(share) - 1;
+  // Part p finishes the groups of x rows [p * share, (p + 1) * share): its own sums of those go to shared memory (the
+  // stages are free once both consumers have read them), the others to `partials`. A unit in one part comes here too:
+  // the loop below is short code, and a kernel's only unit runs it before the instruction caches are warm.
+  const int share = (kGroups / 2 + split.count - 1) / split.count * 2;
+  const int own_begin = split.index * share;
+  const int own_end = min(own_begin + share, kGroups);
   const int thread = me.group * 128 + me.thread;
-  const uint32_t rank = me.block_in_cluster - split * params.multicast;
+  const uint32_t own_at = me.stages_at + thread * 16 - own_begin * (kConsumers * 16);
+  float4* const sent = params.partials + blockIdx.x * kGroupedPartials + thread;
+  ptx::GroupSync(3, kConsumers);
 #pragma unroll
-  for (int j = 0; j < N / 8; ++j) {
-    const int owner = j >> share_bits;
-    ptx::StoreCluster4(me.stages_at + ((split * share + j - owner * share) * 256 + thread) * 16,
-                       rank + owner * params.multicast, acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
+  for (int j = 0; j < kGroups; ++j) {
+    const float4 v = make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
+    if (j >= own_begin && j < own_end) {
+      ptx::StoreShared4(own_at + j * (kConsumers * 16), v);
+    } else {
+      __stcg(sent + j * kConsumers, v);
+    }
   }
-  ptx::ClusterSync();
-  for (int j = 0; j < share; j += 2) {
+  const int first_block = static_cast<int>(blockIdx.x) - split.index * split.block_stride;
+  if (split.count > 1) {
+    ptx::GroupSync(3, kConsumers);
+    if (thread < split.count && thread != split.index && thread * share < kGroups) {
+      ptx::AddRelease(params.arrivals + first_block + thread * split.block_stride, 1);
+    }
+    if (own_begin >= kGroups) return;
+    if (thread == 0) {
+      while (ptx::LoadAcquire(params.arrivals + blockIdx.x) != split.count - 1) {
+      }
+      params.arrivals[blockIdx.x] = 0;
+    }
+    ptx::GroupSync(3, kConsumers);
+  }
+  const float4* const received = params.partials + first_block * kGroupedPartials + thread;
+  // The staging area: the copy engine has read what the unit before left there.
+  if (me.thread == 0) ptx::StoreWaitRead<0>();
+  ptx::GroupSync(1 + me.group, 128);
+#pragma unroll 1
+  for (int j = own_begin; j < own_end; j += 2) {
     float sum[8] = {};
-    for (int s = 0; s < params.splits; ++s) {
-      const uint32_t at = me.stages_at + ((s * share + j) * 256 + thread) * 16;
-      const float4 a = ptx::LoadShared4(at);
-      const float4 b = ptx::LoadShared4(at + 256 * 16);
+#pragma unroll 4
+    for (int s = 0; s < split.count; ++s) {
+      const float4* const from = received + s * split.block_stride * kGroupedPartials + j * kConsumers;
+      const bool own = s == split.index;
+      const float4 a = own ? ptx::LoadShared4(own_at + j * (kConsumers * 16)) : __ldcg(from);
+      const float4 b = own ? ptx::LoadShared4(own_at + (j + 1) * (kConsumers * 16)) : __ldcg(from + kConsumers);
       sum[0] += a.x, sum[1] += a.y, sum[2] += a.z, sum[3] += a.w;
       sum[4] += b.x, sum[5] += b.y, sum[6] += b.z, sum[7] += b.w;
     }
-    const int slot = (j / 2) % 4;
-    StageRows<kActivation>(me, slot, sum);
-    if (slot == 3 || j + 2 == share) {
-      StoreRows<kActivation>(params, me, unit, column, split * share * 8 + (j / 8) * 64, slot * 16 + 16);
+    const int place = (j - own_begin) / 2;
+    StageRows<kActivation>(me, me.staging_at, place % 4, sum);
+    if (place % 4 == 3 || j + 2 == own_end) {
+      ptx::GroupSync(1 + me.group, 128);
+      StoreRows<kActivation>(params, me, unit, me.staging_at, column, (own_begin + place / 4 * 8) * 8,
+                             (place % 4 + 1) * 16);
+      ptx::GroupSync(1 + me.group, 128);
     }
   }
-  ptx::ProxyFence();
-  ptx::ClusterSync();  // the stages may be filled again
 }
 
 template <GroupedActivation kActivation>
 __global__ void __launch_bounds__(kGroupedThreads, 1)
     GroupedGemmKernel(const __grid_constant__ CUtensorMap w_map, const __grid_constant__ CUtensorMap x_map,
-                      const __grid_constant__ GroupedKernelParams params) {
+                      const __grid_constant__ CUtensorMap out_map, const __grid_constant__ GroupedKernelParams params) {
   extern __shared__ __align__(1024) uint8_t memory[];
-  __shared__ GroupedShared shared;
-  const uint32_t stages_at = (ptx::SharedAddress(memory) + 1023) & ~1023u;
+  constexpr bool kGated = kActivation == GroupedActivation::kSiluGated;
   const uint32_t stage_bytes = kGroupedWeightBytes + params.row_tile * 128;
+  const uint32_t stages_at = ptx::SharedAddress(memory);
+  const uint32_t staging_at = stages_at + params.stages * stage_bytes;
+  const uint32_t staging_bytes = params.staging_buffers * kGroupedStagingBytes;
+  GroupedShared& shared = *reinterpret_cast<GroupedShared*>(memory + params.stages * stage_bytes + 2 * staging_bytes);
   const uint32_t full_at = ptx::SharedAddress(shared.full);
   const uint32_t empty_at = ptx::SharedAddress(shared.empty);
-  const int cluster_size = params.multicast * params.splits;
   const int rank = ptx::ClusterRank();
-  const int split = rank / params.multicast;
-  const int tile_in_unit = rank - split * params.multicast;
-  const int cluster = blockIdx.x / cluster_size;
-  const int num_clusters = gridDim.x / cluster_size;
-  const int block_begin = params.k_blocks * split / params.splits;
-  const int blocks = params.k_blocks * (split + 1) / params.splits - block_begin;
+  const int cluster = blockIdx.x / params.multicast;
+  const int num_clusters = gridDim.x / params.multicast;
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
-  constexpr bool kGated = kActivation == GroupedActivation::kSiluGated;
 
   PdlTrigger();
-  if (threadIdx.x == 0) {
+  if (stages_at % 1024 != 0) __trap();  // what the swizzles need
+  const auto init_barriers = [&] {
+#pragma unroll 1
     for (int i = 0; i < params.stages; ++i) {
       ptx::BarrierInit(full_at + 8 * i, 1);
       ptx::BarrierInit(empty_at + 8 * i, 8 * params.multicast);  // a warp of each consumer of each block
     }
     ptx::BarrierInitFence();
-    ptx::PrefetchMap(&w_map);
-    ptx::PrefetchMap(&x_map);
-  }
-  ptx::ClusterSync();
+  };
+  // Blocks signal each other only in clusters: without, a barrier of the block is enough, and quicker.
+  const auto sync_cluster = [&] {
+    if (params.multicast > 1) {
+      ptx::ClusterSync();
+    } else {
+      __syncthreads();
+    }
+  };
+  if (threadIdx.x == 0) init_barriers();
+  sync_cluster();
 
-  // Weights do not depend on earlier kernels: with one expert the first stages are filled while those end.
+  // Block `block` of k of the weight tile, into a stage.
+  const auto load_weights = [&](int stage, int expert, int weight_unit, int block) {
+    ptx::Load5d(stages_at + stage * stage_bytes, &w_map, full_at + 8 * stage, params.w_policy,
+                params.w_start[expert] + block, (weight_unit * params.multicast + rank) * 8);
+  };
+  const auto part_begin = [&](int part, int parts) { return params.k_blocks * part / parts; };
+
+  // Weights do not depend on earlier kernels: where the host can tell which this block needs first, the stages are
+  // filled while those end.
   int prefetched = 0;
-  const int groups_per_tile = 8;  // of the tensor map's last dimension
-  if (params.num_experts == 1 && cluster < params.raster && cluster < params.weight_units) {
-    prefetched = min(params.stages, blocks);
-    if (threadIdx.x == 0) {
-      for (int i = 0; i < prefetched; ++i) {
-        ptx::BarrierExpect(full_at + 8 * i, kGroupedWeightBytes);
-        ptx::Load5d(stages_at + i * stage_bytes, &w_map, full_at + 8 * i, params.w_policy,
-                    params.w_start[0] + block_begin + i, (cluster * params.multicast + tile_in_unit) * groups_per_tile);
+  if (params.expect_one_tile) {
+    const int parts = SplitsFor(params, params.weight_units, num_clusters);
+    const int part = cluster / params.weight_units;
+    if (part < parts) {
+      const int begin = part_begin(part, parts);
+      prefetched = min(params.stages, part_begin(part + 1, parts) - begin);
+      if (threadIdx.x == 0) {
+#pragma unroll 1
+        for (int i = 0; i < prefetched; ++i) {
+          ptx::BarrierExpect(full_at + 8 * i, kGroupedWeightBytes);
+          load_weights(i, 0, cluster - part * params.weight_units, begin + i);
+        }
       }
     }
   }
   PdlWait();
-  for (int i = threadIdx.x; i <= params.num_experts; i += kGroupedThreads) shared.offsets[i] = params.offsets[i];
+  if (threadIdx.x <= params.num_experts) shared.offsets[threadIdx.x] = params.offsets[threadIdx.x];
   __syncthreads();
-  if (warp == 0) {
-    // Prefix sum of the row tiles: lane i has experts 8 i to 8 i + 7.
-    int tiles[8];
-    int sum = 0;
-    for (int i = 0; i < 8; ++i) {
-      const int e = lane * 8 + i;
-      tiles[i] = sum;
-      if (e < params.num_experts) {
-        sum += (shared.offsets[e + 1] - shared.offsets[e] + params.row_tile - 1) / params.row_tile;
-      }
-    }
-    int before = sum;
-    for (int step = 1; step < 32; step *= 2) {
-      const int other = __shfl_up_sync(~0u, before, step);
-      if (lane >= step) before += other;
-    }
-    if (lane == 31) shared.tile_begin[params.num_experts] = before;
-    before -= sum;
-    for (int i = 0; i < 8; ++i) {
-      if (lane * 8 + i < params.num_experts) shared.tile_begin[lane * 8 + i] = before + tiles[i];
-    }
-  }
+  if (warp == 0) CountTiles(params, shared, lane);
   __syncthreads();
-
-  UnitCursor unit(params, shared);
-  Ring ring;
-  if (warp < 4) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    const bool leader = threadIdx.x == 0;
-    if (leader && prefetched > 0 && shared.tile_begin[1] == 0) {
-      // No rows: what was asked for must have come before the block ends.
+  const int row_tiles = shared.tile_begin[params.num_experts];
+  if (prefetched > 0 && row_tiles != 1) {
+    // A wrong guess: let what was asked for arrive, then start afresh.
+    if (threadIdx.x == 0) {
+#pragma unroll 1
       for (int i = 0; i < prefetched; ++i) {
         ptx::BarrierArrive(full_at + 8 * i);
         ptx::BarrierWait(full_at + 8 * i, 0);
       }
+#pragma unroll 1
+      for (int i = 0; i < params.stages; ++i) {
+        ptx::BarrierInvalidate(full_at + 8 * i);
+        ptx::BarrierInvalidate(empty_at + 8 * i);
+      }
+      init_barriers();
     }
-    const uint16_t mask = ((1 << params.multicast) - 1) << (split * params.multicast);
-    for (int index = cluster; unit.Seek(index); index += num_clusters) {
-      if (leader) {
+    prefetched = 0;
+    sync_cluster();
+  }
+
+  const int units = row_tiles * params.weight_units;
+  GroupedSplit split;
+  split.count = SplitsFor(params, units, num_clusters);
+  split.index = split.count > 1 ? cluster / units : 0;
+  split.block_stride = units * params.multicast;
+  int index = split.count > 1 ? cluster % units : cluster;
+  if (split.index >= split.count) index = units;
+  const int block_begin = part_begin(split.index, split.count);
+  const int blocks = part_begin(split.index + 1, split.count) - block_begin;
+  // With parts, each cluster has one unit at most.
+  const int step = split.count > 1 ? units : num_clusters;
+  UnitCursor unit(params, shared);
+  Ring ring;
+  if (warp < 4) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    if (threadIdx.x == 0) {
+      const uint16_t everyone = (1 << params.multicast) - 1;
+      const uint32_t box_bytes = params.x_box_rows * 128;
+      for (; unit.Seek(index); index += step) {
         const int boxes = (unit.rows + params.x_box_rows - 1) / params.x_box_rows;
-        const uint32_t box_bytes = params.x_box_rows * 128;
-        const int group = (unit.weight_unit * params.multicast + tile_in_unit) * groups_per_tile;
-        for (int i = 0; i < blocks; ++i) {
+#pragma unroll 1
+        for (int block = block_begin; block < block_begin + blocks; ++block) {
           const uint32_t full = full_at + 8 * ring.stage;
-          const uint32_t at = stages_at + ring.stage * stage_bytes;
+          const uint32_t x_at = stages_at + ring.stage * stage_bytes + kGroupedWeightBytes;
           ptx::BarrierWait(empty_at + 8 * ring.stage, ring.parity ^ 1);
           if (prefetched > 0) {
             --prefetched;
             ptx::BarrierArriveExpect(full, boxes * box_bytes);
           } else {
             ptx::BarrierArriveExpect(full, kGroupedWeightBytes + boxes * box_bytes);
-            ptx::Load5d(at, &w_map, full, params.w_policy, params.w_start[unit.expert] + block_begin + i, group);
+            load_weights(ring.stage, unit.expert, unit.weight_unit, block);
           }
-          for (int box = tile_in_unit; box < boxes; box += params.multicast) {
-            const uint32_t to = at + kGroupedWeightBytes + box * box_bytes;
+#pragma unroll 1
+          for (int box = rank; box < boxes; box += params.multicast) {
             const int row = unit.row_begin + box * params.x_box_rows;
             if (params.multicast == 1) {
-              ptx::Load2d(to, &x_map, full, ptx::kEvictLast, (block_begin + i) * 64, row);
+              ptx::Load2d(x_at + box * box_bytes, &x_map, full, ptx::kEvictLast, block * 64, row);
             } else {
-              ptx::Load2dMulticast(to, &x_map, full, ptx::kEvictLast, (block_begin + i) * 64, row, mask);
+              ptx::Load2dMulticast(x_at + box * box_bytes, &x_map, full, ptx::kEvictLast, block * 64, row, everyone);
             }
           }
           ring.Advance(params.stages);
         }
       }
-      __syncwarp();
-      if (params.splits > 1) {
-        for (int i = 0; i < 3; ++i) ptx::ClusterSync();
-      }
     }
+    __syncwarp();
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     Consumer me;
@@ -365,24 +383,24 @@ __global__ void __launch_bounds__(kGroupedThreads, 1)
     me.thread = threadIdx.x % 128;
     me.warp = warp % 4;
     me.lane = lane;
-    me.staging_at = stages_at + params.stages * stage_bytes + me.group * kGroupedStagingBytes;
-    me.block_in_cluster = rank;
-    me.peers_begin = split * params.multicast;
-    constexpr int kGroupColumns = kGated ? 32 : 64;
-    for (int index = cluster; unit.Seek(index); index += num_clusters) {
-      const int column = ((unit.weight_unit * params.multicast + tile_in_unit) * 2 + me.group) * kGroupColumns;
-      if (unit.rows <= 64 && params.splits < 8) {
-        ComputeUnit<kActivation, 64>(params, me, ring, unit, column, blocks, split);
+    me.staging_at = staging_at + me.group * staging_bytes;
+    me.out_map = &out_map;
+    for (; unit.Seek(index); index += step) {
+      const int column = ((unit.weight_unit * params.multicast + rank) * 2 + me.group) * (kGated ? 32 : 64);
+      const bool last = index + step >= units;
+      if (unit.rows <= 64) {
+        ComputeUnit<kActivation, 64>(params, me, ring, unit, column, blocks, split, last);
       } else if (unit.rows <= 128) {
-        ComputeUnit<kActivation, 128>(params, me, ring, unit, column, blocks, split);
-      } else if (unit.rows <= 192 && params.splits == 1) {
-        ComputeUnit<kActivation, 192>(params, me, ring, unit, column, blocks, split);
+        ComputeUnit<kActivation, 128>(params, me, ring, unit, column, blocks, split, last);
+      } else if (unit.rows <= 192) {
+        ComputeUnit<kActivation, 192>(params, me, ring, unit, column, blocks, split, last);
       } else {
-        ComputeUnit<kActivation, 256>(params, me, ring, unit, column, blocks, split);
+        ComputeUnit<kActivation, 256>(params, me, ring, unit, column, blocks, split, last);
       }
     }
+    if (me.thread == 0) ptx::StoreWaitAll();
   }
-  ptx::ClusterSync();  // no block ends while others still signal it
+  if (params.multicast > 1) ptx::ClusterSync();  // no block ends while another still signals it
 }
 
 }  // namespace soloist::cuda

@@ -34,11 +34,15 @@ __device__ __forceinline__ void BarrierExpect(uint32_t barrier, uint32_t bytes) 
 __device__ __forceinline__ void BarrierArriveExpect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
-// Arrives at the same barrier of block `rank` of the cluster.
+__device__ __forceinline__ void BarrierInvalidate(uint32_t barrier) {
+  asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+// Arrives at the same barrier of block `rank` of the cluster. No fence: for what the tensor cores have read, it needs
+// none, and one (.release.cluster) costs a microsecond.
 __device__ __forceinline__ void BarrierArriveAt(uint32_t barrier, uint32_t rank) {
   asm volatile(
       "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}\n" ::"r"(barrier),
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}\n" ::"r"(barrier),
       "r"(rank)
       : "memory");
 }
@@ -61,14 +65,6 @@ __device__ __forceinline__ uint32_t ClusterRank() {
 __device__ __forceinline__ void ClusterSync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-__device__ __forceinline__ void StoreCluster4(uint32_t address, uint32_t rank, float a, float b, float c, float d) {
-  asm volatile(
-      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-      "st.shared::cluster.v4.f32 [remote], {%2, %3, %4, %5};\n}\n" ::"r"(address),
-      "r"(rank), "f"(a), "f"(b), "f"(c), "f"(d)
-      : "memory");
-}
-
 // --- Copy engine. `policy` is one of the L2 policies below.
 
 inline constexpr uint64_t kEvictNormal = 0x1000000000000000;
@@ -103,13 +99,39 @@ __device__ __forceinline__ void Load2dMulticast(uint32_t to, const CUtensorMap* 
       "l"(reinterpret_cast<uint64_t>(map)), "r"(barrier), "l"(policy), "r"(c0), "r"(c1), "h"(mask)
       : "memory");
 }
-// Orders this thread's plain accesses to shared memory before later ones of the copy engine.
+// Orders this thread's plain stores to shared memory before later reads of the copy engine.
 __device__ __forceinline__ void ProxyFence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// The box of `map` at (c0, c1) = what is at `from`. Belongs to the thread's next group of stores.
+__device__ __forceinline__ void Store2d(const CUtensorMap* map, uint32_t from, int c0, int c1) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(
+                   reinterpret_cast<uint64_t>(map)),
+               "r"(from), "r"(c0), "r"(c1)
+               : "memory");
+}
+__device__ __forceinline__ void StoreCommit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Until at most kPending of the thread's groups have yet to read shared memory.
+template <int kPending>
+__device__ __forceinline__ void StoreWaitRead() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+// Until all of the thread's groups are written.
+__device__ __forceinline__ void StoreWaitAll() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 // --- Warp groups.
 
-// Among the 128 threads of one warp group; `id` 1 to 15.
-__device__ __forceinline__ void GroupSync(int id) { asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory"); }
+// Among `threads` threads of whole warps; `id` 1 to 15.
+__device__ __forceinline__ void GroupSync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+// Makes what this thread has seen of others' writes (GroupSync) visible to whoever acquires the sum.
+__device__ __forceinline__ void AddRelease(int* counter, int value) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
+}
+__device__ __forceinline__ int LoadAcquire(const int* counter) {
+  int value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+  return value;
+}
 
 // Stores two 8x8 matrices of 16-bit elements, transposed: lane i < 8 gives the address of column i of the first,
 // lane 8 + i of column i of the second. A register holds elements (lane / 4, 2 * (lane % 4) + {0, 1}).
@@ -130,12 +152,22 @@ __device__ __forceinline__ uint4 LoadShared16(uint32_t address) {
                : "r"(address));
   return v;
 }
+__device__ __forceinline__ void StoreShared4(uint32_t address, float4 v) {
+  asm volatile("st.shared::cta.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+               : "memory");
+}
 __device__ __forceinline__ float4 LoadShared4(uint32_t address) {
   float4 v;
   asm volatile("ld.shared::cta.v4.f32 {%0, %1, %2, %3}, [%4];"
                : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
                : "r"(address));
   return v;
+}
+// 2^x; 0 for x below -126.
+__device__ __forceinline__ float Exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 __device__ __forceinline__ uint32_t Pack(float low, float high) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "base/status.h"
+#include "kernels/cuda/cuda_error.h"
 #include "spdlog/spdlog.h"
 
 namespace soloist::cuda {
@@ -18,6 +19,8 @@ namespace {
 constexpr std::array<int64_t, 22> kBuckets = {16,  32,  48,   64,   96,   128,  160,  192,  256,  320,   384,
                                               512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384};
 constexpr int kCandidates = 16;
+constexpr int kFinalists = 5;  // timed again, kRounds times
+constexpr int kRounds = 4;
 
 int BucketOf(int64_t m) {
   const auto found = std::lower_bound(kBuckets.begin(), kBuckets.end(), m);
@@ -27,13 +30,6 @@ int BucketOf(int64_t m) {
 absl::Status CublasError(const char* what, cublasStatus_t status) {
   return Internal("cuBLASLt: {}: {} ({})", what, cublasLtGetStatusName(status), cublasLtGetStatusString(status));
 }
-absl::Status CudaStatus(const char* what, cudaError_t error) {
-  if (error == cudaSuccess) return absl::OkStatus();
-  return error == cudaErrorMemoryAllocation
-             ? ResourceExhausted("matrix products: {}: {}", what, cudaGetErrorString(error))
-             : Internal("matrix products: {}: {}", what, cudaGetErrorString(error));
-}
-
 std::string Key(const LtShape& s, int64_t m) {
   return fmt::format("m={} n={} k={} out={} x_stride={} w_stride={} out_stride={}", m, s.n, s.k,
                      s.out_dtype == DType::kF32 ? "f32" : "bf16", s.x_stride, s.w_stride, s.out_stride);
@@ -88,62 +84,63 @@ struct LtGemm::Scratch {
   char* x = nullptr;
   char* out = nullptr;
   int64_t w_bytes = 0;
-  int copies = 0;  // of w, so that each is read from memory
+  int copies = 0;  // of w, used in turn, so that each is read from memory
+  int next_copy = 0;
   Owned<cudaStream_t, cudaStreamDestroy> stream;
   Owned<cudaEvent_t, cudaEventDestroy> begin;
   Owned<cudaEvent_t, cudaEventDestroy> end;
 
-  absl::Status Allocate(const LtShape& s, int64_t max_m, int64_t l2_bytes);
+  absl::Status Allocate(int device, const LtShape& s, int64_t max_m, int64_t l2_bytes);
 };
 
-absl::Status LtGemm::Scratch::Allocate(const LtShape& s, int64_t max_m, int64_t l2_bytes) {
+absl::Status LtGemm::Scratch::Allocate(int device, const LtShape& s, int64_t max_m, int64_t l2_bytes) {
   const auto padded = [](int64_t bytes) { return (bytes + 255) / 256 * 256; };
   w_bytes = padded(s.n * s.w_stride * 2);
-  copies = static_cast<int>(std::clamp<int64_t>(4 * l2_bytes / w_bytes, 1, 8));
-  const int64_t x_bytes = padded(max_m * s.x_stride * 2);
-  const int64_t out_bytes = padded(max_m * s.out_stride * DTypeBytes(s.out_dtype));
-  const int64_t bytes = copies * w_bytes + x_bytes + out_bytes;
+  copies = static_cast<int>(std::clamp<int64_t>((4 * l2_bytes + w_bytes - 1) / w_bytes, 1, 8));
+  const int64_t inputs = copies * w_bytes + padded(max_m * s.x_stride * 2);
+  const int64_t bytes = inputs + padded(max_m * s.out_stride * DTypeBytes(s.out_dtype));
   void* data = nullptr;
-  RETURN_IF_ERROR(CudaStatus("memory for the search", cudaMalloc(&data, bytes)));
+  RETURN_IF_CUDA_ERROR(device, cudaMalloc(&data, bytes));
   memory.reset(data);
   w = static_cast<char*>(data);
   x = w + copies * w_bytes;
-  out = x + x_bytes;
+  out = w + inputs;
   cudaStream_t new_stream;
-  cudaEvent_t event;
-  RETURN_IF_ERROR(CudaStatus("stream", cudaStreamCreateWithFlags(&new_stream, cudaStreamNonBlocking)));
+  RETURN_IF_CUDA_ERROR(device, cudaStreamCreateWithFlags(&new_stream, cudaStreamNonBlocking));
   stream.reset(new_stream);
-  RETURN_IF_ERROR(CudaStatus("event", cudaEventCreate(&event)));
+  cudaEvent_t event;
+  RETURN_IF_CUDA_ERROR(device, cudaEventCreate(&event));
   begin.reset(event);
-  RETURN_IF_ERROR(CudaStatus("event", cudaEventCreate(&event)));
+  RETURN_IF_CUDA_ERROR(device, cudaEventCreate(&event));
   end.reset(event);
-  // Random values: products of zeros run faster than real ones.
+  // Random values: products of zeros run faster than real ones. A block from the host, then copies of what is there.
   std::vector<uint16_t> block((1 << 20) + 24);
   std::mt19937 random(1);
   for (uint16_t& value : block) value = static_cast<uint16_t>(0x3E80u | (random() & 0x81FFu));
-  for (int64_t at = 0; at < bytes - out_bytes;) {
-    const int64_t part =
-        std::min<int64_t>(static_cast<int64_t>(block.size() * sizeof(uint16_t)), bytes - out_bytes - at);
-    RETURN_IF_ERROR(
-        CudaStatus("filling", cudaMemcpyAsync(w + at, block.data(), part, cudaMemcpyHostToDevice, stream.get())));
-    at += part;
+  int64_t filled = std::min<int64_t>(block.size() * sizeof(uint16_t), inputs);
+  RETURN_IF_CUDA_ERROR(device, cudaMemcpyAsync(w, block.data(), filled, cudaMemcpyHostToDevice, stream.get()));
+  while (filled < inputs) {
+    const int64_t part = std::min(filled, inputs - filled);
+    RETURN_IF_CUDA_ERROR(device, cudaMemcpyAsync(w + filled, w, part, cudaMemcpyDeviceToDevice, stream.get()));
+    filled += part;
   }
-  return CudaStatus("filling", cudaStreamSynchronize(stream.get()));
+  RETURN_IF_CUDA_ERROR(device, cudaStreamSynchronize(stream.get()));
+  return absl::OkStatus();
 }
 
-LtGemm::LtGemm(const LtGemmOptions& options, std::string section)
-    : options_(options), tuning_(options.tuning_file, std::move(section)) {}
+LtGemm::LtGemm(const LtGemmOptions& options, int device, std::string section)
+    : options_(options), device_(device), tuning_(options.tuning_file, std::move(section)) {}
 LtGemm::~LtGemm() = default;
 
 absl::StatusOr<std::unique_ptr<LtGemm>> LtGemm::Create(const LtGemmOptions& options) {
   int device = 0;
   int driver = 0;
   cudaDeviceProp properties;
-  RETURN_IF_ERROR(CudaStatus("device", cudaGetDevice(&device)));
-  RETURN_IF_ERROR(CudaStatus("driver version", cudaDriverGetVersion(&driver)));
-  RETURN_IF_ERROR(CudaStatus("device properties", cudaGetDeviceProperties(&properties, device)));
-  std::unique_ptr<LtGemm> gemm(
-      new LtGemm(options, fmt::format("{}, cuBLASLt {}, driver {}", properties.name, cublasLtGetVersion(), driver)));
+  RETURN_IF_CUDA_ERROR(device, cudaGetDevice(&device));
+  RETURN_IF_CUDA_ERROR(device, cudaDriverGetVersion(&driver));
+  RETURN_IF_CUDA_ERROR(device, cudaGetDeviceProperties(&properties, device));
+  std::unique_ptr<LtGemm> gemm(new LtGemm(
+      options, device, fmt::format("{}, cuBLASLt {}, driver {}", properties.name, cublasLtGetVersion(), driver)));
   gemm->l2_bytes_ = properties.l2CacheSize;
   RETURN_IF_ERROR(gemm->Init());
   return gemm;
@@ -182,7 +179,7 @@ absl::Status LtGemm::Init() {
     if (status != CUBLAS_STATUS_SUCCESS) return CublasError("preference", status);
   }
   void* workspace = nullptr;
-  RETURN_IF_ERROR(CudaStatus("workspace", cudaMalloc(&workspace, workspace_bytes)));
+  RETURN_IF_CUDA_ERROR(device_, cudaMalloc(&workspace, workspace_bytes));
   workspace_.reset(workspace);
   return absl::OkStatus();
 }
@@ -255,42 +252,57 @@ cublasStatus_t LtGemm::Enqueue(Layouts& layouts, const cublasLtMatmulAlgo_t& alg
                         out, &layouts.out, &algorithm, workspace_.get(), options_.workspace_bytes, stream);
 }
 
-absl::Status LtGemm::Search(const LtShape& shape, int64_t m, Scratch& scratch, cublasLtMatmulAlgo_t* best,
-                            float* best_us) {
-  ASSIGN_OR_RETURN(const auto candidates, Candidates(shape, m, kCandidates));
-  Layouts layouts(shape, m);
-  int copy = 0;
-  // Microseconds of one of `count` runs, after one that is not timed.
-  const auto time = [&](const cublasLtMatmulAlgo_t& algorithm, int count) -> std::optional<float> {
-    for (int i = -1; i < count; ++i) {
-      if (i == 0) cudaEventRecord(scratch.begin.get(), scratch.stream.get());
-      copy = (copy + 1) % scratch.copies;
-      if (Enqueue(layouts, algorithm, scratch.x, scratch.w + copy * scratch.w_bytes, scratch.out,
-                  scratch.stream.get()) != CUBLAS_STATUS_SUCCESS) {
-        return std::nullopt;
-      }
-    }
-    cudaEventRecord(scratch.end.get(), scratch.stream.get());
-    float ms = 0;
-    if (cudaEventSynchronize(scratch.end.get()) != cudaSuccess ||
-        cudaEventElapsedTime(&ms, scratch.begin.get(), scratch.end.get()) != cudaSuccess) {
+std::optional<float> LtGemm::Time(Layouts& layouts, const cublasLtMatmulAlgo_t& algorithm, int count,
+                                  Scratch& scratch) {
+  for (int i = -1; i < count; ++i) {
+    if (i == 0 && cudaEventRecord(scratch.begin.get(), scratch.stream.get()) != cudaSuccess) return std::nullopt;
+    scratch.next_copy = (scratch.next_copy + 1) % scratch.copies;
+    if (Enqueue(layouts, algorithm, scratch.x, scratch.w + scratch.next_copy * scratch.w_bytes, scratch.out,
+                scratch.stream.get()) != CUBLAS_STATUS_SUCCESS) {
       return std::nullopt;
     }
-    return ms * 1000 / count;
+  }
+  float ms = 0;
+  if (cudaEventRecord(scratch.end.get(), scratch.stream.get()) != cudaSuccess ||
+      cudaEventSynchronize(scratch.end.get()) != cudaSuccess ||
+      cudaEventElapsedTime(&ms, scratch.begin.get(), scratch.end.get()) != cudaSuccess) {
+    return std::nullopt;
+  }
+  return ms * 1000 / count;
+}
+
+absl::Status LtGemm::Search(const LtShape& shape, int64_t m, Scratch& scratch, cublasLtMatmulAlgo_t* best,
+                            float* best_us) {
+  ASSIGN_OR_RETURN(const auto algorithms, Candidates(shape, m, kCandidates));
+  Layouts layouts(shape, m);
+  struct Candidate {
+    const cublasLtMatmulAlgo_t* algorithm;
+    float us;
   };
-  *best_us = 0;
-  for (const auto& candidate : candidates) {
-    const auto first = time(candidate, 2);
-    if (!first.has_value() || (*best_us > 0 && *first > 1.3f * *best_us)) continue;
-    const auto us = time(candidate, std::clamp(static_cast<int>(500 / *first), 3, 24));
-    if (us.has_value() && (*best_us == 0 || *us < *best_us)) {
-      *best_us = *us;
-      *best = candidate;
+  std::vector<Candidate> candidates;
+  for (const auto& algorithm : algorithms) {
+    // One that the device refuses is passed over.
+    if (const auto us = Time(layouts, algorithm, 2, scratch); us.has_value()) candidates.push_back({&algorithm, *us});
+  }
+  RETURN_IF_CUDA_ERROR(device_, cudaStreamSynchronize(scratch.stream.get()));
+  if (candidates.empty()) return Internal("cuBLASLt: no algorithm runs for {}", Key(shape, m));
+  std::stable_sort(candidates.begin(), candidates.end(), [](const auto& a, const auto& b) { return a.us < b.us; });
+  candidates.resize(std::min<size_t>(candidates.size(), kFinalists));
+  // In turn, since the clock drifts with the load.
+  const int count = std::clamp(static_cast<int>(300 / candidates[0].us), 2, 16);
+  for (int round = 0; round < kRounds; ++round) {
+    for (Candidate& candidate : candidates) {
+      const auto us = Time(layouts, *candidate.algorithm, count, scratch);
+      if (!us.has_value()) continue;
+      candidate.us = round == 0 ? *us : std::min(candidate.us, *us);
     }
   }
-  // A candidate that the device refuses is passed over, but an error that stays is the device's.
-  RETURN_IF_ERROR(CudaStatus("search", cudaStreamSynchronize(scratch.stream.get())));
-  return *best_us > 0 ? absl::OkStatus() : Internal("cuBLASLt: no algorithm runs for {}", Key(shape, m));
+  RETURN_IF_CUDA_ERROR(device_, cudaStreamSynchronize(scratch.stream.get()));
+  const auto fastest =
+      std::min_element(candidates.begin(), candidates.end(), [](const auto& a, const auto& b) { return a.us < b.us; });
+  *best = *fastest->algorithm;
+  *best_us = fastest->us;
+  return absl::OkStatus();
 }
 
 absl::Status LtGemm::Tune(const LtShape& shape, int64_t max_m) {
@@ -308,7 +320,7 @@ absl::Status LtGemm::Tune(const LtShape& shape, int64_t max_m) {
         continue;
       }
     }
-    if (!scratch.has_value()) RETURN_IF_ERROR(scratch.emplace().Allocate(shape, max_m, l2_bytes_));
+    if (!scratch.has_value()) RETURN_IF_ERROR(scratch.emplace().Allocate(device_, shape, max_m, l2_bytes_));
     cublasLtMatmulAlgo_t best = {};
     float us = 0;
     RETURN_IF_ERROR(Search(shape, m, *scratch, &best, &us));

@@ -12,6 +12,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -56,8 +57,8 @@ class LtGemm {
   // Writes what was found to the tuning file.
   absl::Status Save() { return tuning_.Save(); }
 
-  // out = x * w^T: f32 sums, rounded once. 2 m n k FLOP. Pointers are 16-byte aligned. Enqueues only; about 3 us of the
-  // host, more for the first call of an m. A shape that was not tuned takes the heuristics' first choice.
+  // out = x * w^T: f32 sums, rounded once. 2 m n k FLOP. Pointers are 16-byte aligned. Enqueues only; a few us of
+  // the host, more for the first call of an m. A shape that was not tuned takes the heuristics' first choice.
   // INVALID_ARGUMENT for m > max_m; INTERNAL with cuBLAS's reason.
   absl::Status Run(const LtShape& shape, const BFloat16* x, int64_t m, const BFloat16* w, void* out,
                    cudaStream_t stream);
@@ -80,18 +81,21 @@ class LtGemm {
   struct Layouts;
   struct Scratch;
 
-  explicit LtGemm(const LtGemmOptions& options, std::string section);
+  LtGemm(const LtGemmOptions& options, int device, std::string section);
   absl::Status Init();
   absl::StatusOr<Plans*> PlansFor(const LtShape& shape);
   // Candidates for an exact m, best guess first.
   absl::StatusOr<std::vector<cublasLtMatmulAlgo_t>> Candidates(const LtShape& shape, int64_t m, int count);
   bool Fits(Layouts& layouts, const cublasLtMatmulAlgo_t& algorithm);
   absl::Status Resolve(Plans& plans, int64_t m);
+  // Microseconds of one of `count` runs, after one that is not timed; none if it does not run.
+  std::optional<float> Time(Layouts& layouts, const cublasLtMatmulAlgo_t& algorithm, int count, Scratch& scratch);
   absl::Status Search(const LtShape& shape, int64_t m, Scratch& scratch, cublasLtMatmulAlgo_t* best, float* best_us);
   cublasStatus_t Enqueue(Layouts& layouts, const cublasLtMatmulAlgo_t& algorithm, const void* x, const void* w,
                          void* out, cudaStream_t stream);
 
   const LtGemmOptions options_;
+  const int device_;
   TuningFile tuning_;
   int l2_bytes_ = 0;
   int searched_ = 0;

@@ -115,10 +115,11 @@ __global__ __launch_bounds__(kMaxThreads, Source::Residents(kVectors)) void AddR
   for (int v = 0; v < kVectors; ++v) {
     column[v] = (v * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * kVector;
     if constexpr (kNorm) {
-      if (column[v] < hidden) weight[v] = LoadConstants(target.weight + column[v]);
+      weight[v] = LoadConstants(target.weight + column[v], column[v] < hidden);
     }
   }
   if constexpr (kNorm) sums.Init();
+  const float inverse_hidden = 1.0f / static_cast<float>(hidden);
   PdlWait();
 
   int set = 0;
@@ -144,7 +145,7 @@ __global__ __launch_bounds__(kMaxThreads, Source::Residents(kVectors)) void AddR
         }
         if (column[v] < hidden) StoreFloats(residual + column[v], x[v]);
       }
-      const float scale = rsqrtf(sums.Sum(squares, set) / static_cast<float>(hidden) + target.eps);
+      const float scale = rsqrtf(sums.Sum(squares, set) * inverse_hidden + target.eps);
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
         if (column[v] >= hidden) continue;

@@ -1,5 +1,5 @@
-// Attention of ragged chunks over the paged cache by a kernel of our own: for shapes that cuDNN refuses, for an FP8 cache
-// without scratch, and for deterministic mode.
+// Attention of ragged chunks over the paged cache by a kernel of our own: for shapes that cuDNN refuses, for an FP8
+// cache without scratch, and for deterministic mode.
 #ifndef SOLOIST_KERNELS_CUDA_PREFILL_FALLBACK_H_
 #define SOLOIST_KERNELS_CUDA_PREFILL_FALLBACK_H_
 
@@ -13,10 +13,10 @@ namespace soloist::cuda {
 
 // As AttentionArgs, with the pointers of the sequences that take part.
 struct PrefillFallbackArgs {
-  const BFloat16* q = nullptr;            // [rows, num_heads, head_dim]
-  BFloat16* out = nullptr;                // the same
-  const void* keys = nullptr;             // BF16 or F8E4M3 [num_blocks, num_kv_heads, block_size, head_dim]
-  const void* values = nullptr;           // the same
+  const BFloat16* q = nullptr;   // [rows, num_heads, head_dim]
+  BFloat16* out = nullptr;       // the same
+  const void* keys = nullptr;    // BF16 or F8E4M3 [num_blocks, num_kv_heads, block_size, head_dim]
+  const void* values = nullptr;  // the same
   bool fp8 = false;
   const int32_t* query_starts = nullptr;  // [num_sequences + 1] rows of q
   const int32_t* seq_lens = nullptr;      // [num_sequences] 0: padding

@@ -2,9 +2,9 @@
 //
 //   (a, b) -> (a cos - b sin, b cos + a sin) for the pairs (d, d + head_dim / 2) of each head of q and k; v is copied
 //
-// Launch: a thread takes 8 pairs of one head (16 elements: two vectors); blocks of up to 256 threads, grid (row, part
-// of the row). Bytes per row: 2 * (hq + 2 hkv) * head_dim read, 2 * hq * head_dim + 2 * hkv * head_dim * (2 or 1)
-// written; the row's cosines and sines (4 * head_dim) come from the caches.
+// Launch: a thread takes 8 pairs of one head (16 elements: two vectors); blocks of (head_dim / 16, heads), up to
+// 256 threads; grid (row, heads / heads of a block). Bytes per row: 2 * (hq + 2 hkv) * head_dim read, 2 * hq * head_dim
+// + 2 * hkv * head_dim * (2 or 1) written; the row's cosines and sines (4 * head_dim) come from the caches.
 #include <cuda_fp8.h>
 
 #include <algorithm>
@@ -54,10 +54,8 @@ template <typename Cache>
 __global__ __launch_bounds__(kThreads) void RopeAppendKvKernel(const RopeParams params) {
   PdlTrigger();
   const int half = params.head_dim / 2;
-  const int units = half / kVector;  // of a head
-  const int unit = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x);
-  const int head = unit / units;  // of [q heads | k heads | v heads]
-  const int d = unit % units * kVector;
+  const int head = static_cast<int>(blockIdx.y * blockDim.y + threadIdx.y);  // of [q heads | k heads | v heads]
+  const int d = static_cast<int>(threadIdx.x) * kVector;
   const int64_t row = blockIdx.x;
   PdlWait();
   if (head >= params.q_heads + 2 * params.kv_heads) return;
@@ -123,11 +121,13 @@ cudaError_t RopeAppendKv(const Tensor& qkv, const int32_t* positions, const int3
                           kv.num_kv_heads,
                           dim,
                           kv.block_size};
-  const int units = (params.q_heads + 2 * kv.num_kv_heads) * (dim / (2 * kVector));
-  const int threads = std::min(kThreads, (units + 31) / 32 * 32);
-  const dim3 grid(static_cast<unsigned>(n), static_cast<unsigned>((units + threads - 1) / threads));
+  const int units = dim / (2 * kVector);
+  const int heads = params.q_heads + 2 * kv.num_kv_heads;
+  const int block_heads = std::min(kThreads / units, heads);
+  const dim3 grid(static_cast<unsigned>(n), static_cast<unsigned>((heads + block_heads - 1) / block_heads));
   const auto kernel = kv.dtype == DType::kBF16 ? RopeAppendKvKernel<__nv_bfloat16> : RopeAppendKvKernel<__nv_fp8_e4m3>;
-  return Launch(kernel, grid, dim3(static_cast<unsigned>(threads)), 0, stream, 1, params);
+  return Launch(kernel, grid, dim3(static_cast<unsigned>(units), static_cast<unsigned>(block_heads)), 0, stream, 1,
+                params);
 }
 
 }  // namespace soloist::cuda

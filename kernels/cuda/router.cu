@@ -1,293 +1,279 @@
 // Route: residual += delta; normed = RMSNorm(residual); logits = normed * gate^T; top-k and softmax over the chosen.
 //
-//   x = residual + delta, v = x * weight, scale = 1 / sqrt(mean(x^2) + eps)
-//   normed = bf16(v * scale), logit[e] = scale * sum over columns of v * gate[e]
-//
-// The sum does not wait for the scale, so that one exchange between the blocks serves both. It runs on tensor cores
-// with v split in two bf16 (v = high + low within 2^-17), gate as it is, sums in float32: mma.m16n8k16 with 16 experts
-// as A's rows and up to 8 tokens as B's columns. A column's bits do not depend on the other columns.
-//
-// Launch: clusters of kRanks blocks; a cluster takes tiles of `tile_rows` (1..8) rows, a block a quarter of the
-// columns, a warp kChunks chunks of 64 columns of it. Of each 32 columns a lane (g = lane / 4, q = lane % 4) holds
-// columns 8 q .. 8 q + 7 of token g and of the experts g and g + 8: 16-byte loads that already are the fragments, since
-// the sum may take its columns in any order as long as A and B agree. Warps' sums meet in shared memory, blocks' sums
-// in that of the block that chooses the row's experts (row % kRanks). The order of all sums depends on hidden alone.
-// Bytes per row: 4 + 2 read and 4 + 2 written, times hidden; the gate (2 * experts * hidden) once per tile, from
-// registers, L1 or L2.
+// Launch: a block of 512 threads per kRows rows (1 in decode; 4 with many rows, so that the gate is read once for
+// four). Thread t holds columns 8 t .. 8 t + 7 (and those 4,096 further, and so on) of the block's rows in registers.
+// Experts are taken 16 at a time: each thread's products, a shuffle tree within warps, one sum over warps in shared
+// memory; logits then lie in shared memory, where a warp per row chooses. The order of all sums depends on hidden
+// alone. Bytes per row: 4 + 2 read and 4 + 2 written, times hidden; the gate (2 * experts * hidden) once per block,
+// from L2. In decode the first 16 experts' gate is in registers before PdlWait.
 #include <algorithm>
 
 #include "kernels/cuda/launch.cuh"
-#include "kernels/cuda/router_parts.cuh"
 #include "kernels/cuda/token_ops.h"
 #include "kernels/cuda/token_vectors.cuh"
 
 namespace soloist::cuda {
-namespace router {
 namespace {
 
-// kBlocks16: blocks of 16 experts that are multiplied at a time. kHold: the norm weights, and the gate if it is one
-// block of 16, stay in registers (few rows: they are there before PdlWait; many rows: two blocks per multiprocessor are
-// worth more).
-template <int kChunks, int kBlocks16, bool kHold>
-__global__ __launch_bounds__(32 * kMaxWarps, kHold || kChunks > 1 ? 1 : 2) void RouteKernel(const RouteParams params) {
-  constexpr int kGroup = 16 * kBlocks16;  // experts of one pass
-  constexpr int kPitch = kGroup + 1;      // sums of a row in a pass, and the sum of squares
-  constexpr bool kHoldGate = kHold && kBlocks16 == 1;
-  extern __shared__ float shared[];
-  __shared__ uint64_t received[2];  // barriers of the two buffers
-  const int rank = static_cast<int>(blockIdx.x % kRanks);
-  const int thread = static_cast<int>(threadIdx.x);
-  const int threads = static_cast<int>(blockDim.x);
-  const int warps = threads / 32;
-  const int lane = thread % 32;
-  const int g = lane / 4;
-  const int tile_rows = params.tile_rows;
-  // Rows whose experts this block chooses, of a tile.
-  const int chosen_rows = (tile_rows + kRanks - 1) / kRanks;
-  float* partials = shared;                                 // [warps][tile_rows][kPitch]
-  float* squares = partials + warps * tile_rows * kPitch;   // [2][kRanks][kMaxTileRows]
-  float* logit_sums = squares + 2 * kRanks * kMaxTileRows;  // [2][kRanks][chosen_rows][num_experts]
-  const int rank_logits = chosen_rows * params.num_experts;
-  const int end = min(params.hidden, (rank + 1) * params.rank_columns);
-  const int first_column = rank * params.rank_columns + (thread / 32) * (kChunks * kChunk) + lane % 4 * kVector;
+constexpr int kThreads = 512;
+constexpr int kWarps = kThreads / 32;
+constexpr int kPass = 16;  // experts of one pass
+constexpr int kMaxRouteExperts = 512;
+constexpr int kMaxRouteTopK = 16;
 
-  PdlTrigger();
-  if (thread < 2) InitBarrier(&received[thread]);
-  ArriveAtCluster();
-  Floats held_weight[kHold ? kChunks : 1][kSteps];
-  GatePart held_gate[kHoldGate ? kChunks : 1][kSteps];
-  const auto column = [&](int chunk, int step) { return first_column + chunk * kChunk + step * 32; };
-  if constexpr (kHold) {
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-#pragma unroll
-      for (int s = 0; s < kSteps; ++s) {
-        held_weight[c][s] = {};
-        if (column(c, s) < end) held_weight[c][s] = LoadConstants(params.weight + column(c, s));
-        if constexpr (kHoldGate)
-          held_gate[c][s] = LoadGate(params, g, column(c, s) < end ? column(c, s) : params.hidden);
-      }
+struct RouteParams {
+  float* residual;
+  int64_t residual_stride;
+  const BFloat16* delta;  // null: nothing is added
+  int64_t delta_stride;
+  const float* norm_weight;
+  float eps;
+  BFloat16* normed;
+  int64_t normed_stride;
+  const BFloat16* gate;
+  int64_t gate_stride;
+  int num_experts;
+  const int32_t* num_rows;
+  int32_t* experts;
+  int64_t experts_stride;
+  float* weights;
+  int64_t weights_stride;
+  int top_k;
+  int n;
+  int hidden;
+};
+
+// Best logit first, the lower id on a tie.
+struct Candidate {
+  float logit;
+  int expert;
+};
+__device__ __forceinline__ Candidate Better(Candidate a, Candidate b) {
+  return b.logit > a.logit || (b.logit == a.logit && b.expert < a.expert) ? b : a;
+}
+
+// One warp chooses for one row; `logits` [num_experts] in shared memory.
+__device__ void ChooseExperts(const RouteParams& p, int row, bool padding, const float* logits) {
+  const int lane = threadIdx.x % 32;
+  int32_t* experts = p.experts + row * p.experts_stride;
+  float* weights = p.weights + row * p.weights_stride;
+  if (padding) {
+    if (lane < p.top_k) {
+      experts[lane] = -1;
+      weights[lane] = 0;
+    }
+    return;
+  }
+  float mine = 0;  // the logit of choice `lane`
+  float max = 0, sum = 0;
+  uint32_t taken = 0;  // bit i: expert lane + 32 i has been chosen
+  for (int choice = 0; choice < p.top_k; ++choice) {
+    Candidate best = {-INFINITY, 0x7fffffff};
+    for (int e = lane; e < p.num_experts; e += 32) {
+      if ((taken >> (e / 32) & 1) != 0) continue;
+      // A NaN counts as the least of all.
+      best = Better(best, {isnan(logits[e]) ? -INFINITY : logits[e], e});
+    }
+    for (int offset = 16; offset > 0; offset /= 2) {
+      const Candidate other = {__shfl_xor_sync(kFullWarp, best.logit, offset),
+                               __shfl_xor_sync(kFullWarp, best.expert, offset)};
+      best = Better(best, other);
+    }
+    if (best.expert % 32 == lane) taken |= 1u << (best.expert / 32);
+    if (choice == 0) max = best.logit;
+    if (lane == choice) {
+      experts[choice] = best.expert;
+      mine = best.logit;
     }
   }
-  if constexpr (!kHoldGate) {
-    // 128 bytes a line; a rank's columns are whole lines.
-    const int lines = params.rank_columns / kChunk;
-    for (int i = thread; i < lines * params.num_experts; i += threads) {
-      const int at = rank * params.rank_columns + i % lines * kChunk;
-      if (at < params.hidden) {
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(params.gate + i / lines * params.gate_stride + at));
-      }
+  for (int choice = 0; choice < p.top_k; ++choice) sum += expf(__shfl_sync(kFullWarp, mine, choice) - max);
+  if (lane < p.top_k) weights[lane] = expf(mine - max) / sum;
+}
+
+template <int kRows, int kVectors>
+__global__ __launch_bounds__(kThreads, 1) void RouteKernel(const RouteParams p) {
+  extern __shared__ float logits[];  // [kRows][num_experts], then [kRows][kWarps][kPass + 1] partial sums
+  float* partials = logits + kRows * p.num_experts;
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  PdlTrigger();
+  const auto column = [&](int v) { return (v * kThreads + thread) * kVector; };
+  constexpr bool kHold = kRows == 1 && kVectors == 1;
+  uint4 held[kHold ? kPass : 1];
+  if constexpr (kHold) {
+#pragma unroll
+    for (int e = 0; e < kPass; ++e) {
+      held[e] = LoadConstant16(p.gate + e * p.gate_stride + column(0), e < p.num_experts && column(0) < p.hidden);
     }
   }
   PdlWait();
-  const int64_t valid = params.num_rows != nullptr ? LoadInt(params.num_rows) : params.n;
+  const int valid = p.num_rows != nullptr ? LoadInt(p.num_rows) : p.n;
+  const int first_row = blockIdx.x * kRows;
 
-  const int64_t tiles = (params.n + tile_rows - 1) / tile_rows;
-  // What a block receives for a tile: logits of the rows that it chooses for, all rows' sums of squares.
-  const int receives = kRanks * ((tile_rows - rank + kRanks - 1) / kRanks * params.num_experts + tile_rows);
-  bool first = true;
-  int turn = 0;
-  for (int64_t tile = blockIdx.x / kRanks; tile < tiles; tile += gridDim.x / kRanks, ++turn) {
-    const int buffer = turn % 2;
-    if (thread == 0) ExpectBytes(&received[buffer], static_cast<uint32_t>(receives) * sizeof(float));
-    const int64_t row = tile * tile_rows + g;
-    const bool active = g < tile_rows && row < params.n;
-    Floats v[kChunks][kSteps];
-    float square = 0;
+  // x, then x * weight, of the block's rows.
+  Floats x[kRows][kVectors];
+  float squares[kRows];
 #pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-      uint4 words[kSteps][3];
+  for (int r = 0; r < kRows; ++r) {
+    squares[r] = 0;
+    const int row = first_row + r;
 #pragma unroll
-      for (int s = 0; s < kSteps; ++s) {
-        words[s][0] = words[s][1] = words[s][2] = uint4{};
-        if (!active || column(c, s) >= end) continue;
-        const float* residual = params.residual + row * params.residual_stride + column(c, s);
-        words[s][0] = Load16(residual);
-        words[s][1] = Load16(residual + 4);
-        if (params.delta != nullptr) words[s][2] = Load16(params.delta + row * params.delta_stride + column(c, s));
+    for (int v = 0; v < kVectors; ++v) {
+      x[r][v] = Floats{};
+      if (row >= p.n || column(v) >= p.hidden) continue;
+      float* residual = p.residual + row * p.residual_stride + column(v);
+      x[r][v] = LoadFloats(residual);
+      if (p.delta != nullptr) {
+        const Floats delta = WidenBf16(Load16(p.delta + row * p.delta_stride + column(v)));
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) x[r][v][i] += delta[i];
+        StoreFloats(residual, x[r][v]);
       }
 #pragma unroll
-      for (int s = 0; s < kSteps; ++s) {
-        Floats x = FromWords(words[s][0], words[s][1]);
-        const Floats delta = WidenBf16(words[s][2]);
+      for (int i = 0; i < kVector; ++i) squares[r] = fmaf(x[r][v][i], x[r][v][i], squares[r]);
+    }
+  }
 #pragma unroll
-        for (int i = 0; i < kVector; ++i) {
-          x[i] += delta[i];
-          square = fmaf(x[i], x[i], square);
-        }
-        const bool exists = active && column(c, s) < end;
-        if (exists && params.delta != nullptr) {
-          StoreFloats(params.residual + row * params.residual_stride + column(c, s), x);
-        }
-        Floats weight = {};
+  for (int v = 0; v < kVectors; ++v) {
+    const Floats weight = LoadConstants(p.norm_weight + column(v), column(v) < p.hidden);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) x[r][v][i] *= weight[i];
+    }
+  }
+
+  const auto warp_sum = [](float value) {
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(kFullWarp, value, offset);
+    return value;
+  };
+  constexpr int kPitch = kPass + 1;
+  const auto partial = [&](int r, int w, int i) -> float& { return partials[(r * kWarps + w) * kPitch + i]; };
+  float scale[kRows];
+  for (int begin = 0; begin < p.num_experts; begin += kPass) {
+#pragma unroll
+    for (int e = 0; e < kPass; ++e) {
+      float dot[kRows] = {};
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        uint4 packed;
         if constexpr (kHold) {
-          weight = held_weight[c][s];
-        } else if (exists) {
-          weight = LoadConstants(params.weight + column(c, s));
-        }
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) v[c][s][i] = x[i] * weight[i];
-      }
-    }
-    square += __shfl_xor_sync(kFullWarp, square, 1);
-    square += __shfl_xor_sync(kFullWarp, square, 2);
-
-    for (int group = 0; group < params.num_experts; group += kGroup) {
-      if (group > 0) __syncthreads();  // partials have been read
-      float* of_warp = partials + thread / 32 * tile_rows * kPitch;
-#pragma unroll
-      for (int b = 0; b < kBlocks16; ++b) {
-        const int expert = group + 16 * b;
-        if (expert >= params.num_experts) break;
-        float high[4] = {};
-        float low[4] = {};
-#pragma unroll
-        for (int c = 0; c < kChunks; ++c) {
-#pragma unroll
-          for (int s = 0; s < kSteps; ++s) {
-            if constexpr (kHoldGate) {
-              Multiply(held_gate[c][s], v[c][s], high, low);
-            } else {
-              Multiply(LoadGate(params, expert + g, column(c, s) < end ? column(c, s) : params.hidden), v[c][s], high,
-                       low);
-            }
-          }
-        }
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int of_tile = lane % 4 * 2 + i % 2;
-          if (of_tile < tile_rows) of_warp[of_tile * kPitch + 16 * b + g + i / 2 * 8] = high[i] + low[i];
-        }
-      }
-      if (lane % 4 == 0 && g < tile_rows) of_warp[g * kPitch + kGroup] = square;
-      __syncthreads();
-      if (first) WaitForCluster();  // all blocks have started
-      first = false;
-      for (int i = thread; i < tile_rows * kPitch; i += threads) {
-        const int of_tile = i / kPitch;
-        const int e = i % kPitch;
-        if (e < kGroup ? group + e >= params.num_experts : group > 0) continue;
-        float sum[4] = {};
-#pragma unroll
-        for (int w = 0; w < kMaxWarps; ++w) {
-          if (w < warps) sum[w % 4] += partials[w * tile_rows * kPitch + i];
-        }
-        const float total = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-        if (e < kGroup) {
-          float* to =
-              logit_sums + (buffer * kRanks + rank) * rank_logits + of_tile / kRanks * params.num_experts + group + e;
-          Send(to, &received[buffer], of_tile % kRanks, total);
+          packed = held[e];
         } else {
+          packed = LoadConstant16(p.gate + (begin + e) * p.gate_stride + column(v),
+                                  begin + e < p.num_experts && column(v) < p.hidden);
+        }
+        const Floats gate = WidenBf16(packed);
 #pragma unroll
-          for (int r = 0; r < kRanks; ++r) {
-            Send(squares + (buffer * kRanks + rank) * kMaxTileRows + of_tile, &received[buffer], r, total);
-          }
+        for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+          for (int i = 0; i < kVector; ++i) dot[r] = fmaf(x[r][v][i], gate[i], dot[r]);
         }
       }
-    }
-    AwaitPhase(&received[buffer], turn / 2 % 2);
-
-    const auto scale_of = [&](int of_tile) {
-      const float* at = squares + buffer * kRanks * kMaxTileRows + of_tile;
-      const float sum = (at[0] + at[kMaxTileRows]) + (at[2 * kMaxTileRows] + at[3 * kMaxTileRows]);
-      return rsqrtf(sum / static_cast<float>(params.hidden) + params.eps);
-    };
-    const int of_tile = thread / 32 * kRanks + rank;  // this warp's, if it chooses
-    if (of_tile < tile_rows && tile * tile_rows + of_tile < params.n) {
-      ChooseExperts<kBlocks16 == 1 ? 1 : kMaxExperts / 32>(
-          params, tile * tile_rows + of_tile, tile * tile_rows + of_tile >= valid,
-          logit_sums + buffer * kRanks * rank_logits + thread / 32 * params.num_experts, rank_logits,
-          scale_of(of_tile));
-    }
-    if (!active) continue;
-    const float scale = scale_of(g);
 #pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-#pragma unroll
-      for (int s = 0; s < kSteps; ++s) {
-        if (column(c, s) >= end) continue;
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) v[c][s][i] *= scale;
-        Store16(params.normed + row * params.normed_stride + column(c, s), NarrowBf16(v[c][s]));
+      for (int r = 0; r < kRows; ++r) {
+        const float sum = warp_sum(dot[r]);
+        if (lane == 0) partial(r, warp, e) = sum;
       }
+      if constexpr (kHold) {
+        // The next pass's gate is on its way while this one is added up.
+        held[e] = LoadConstant16(p.gate + (begin + kPass + e) * p.gate_stride + column(0),
+                                 begin + kPass + e < p.num_experts && column(0) < p.hidden);
+      }
+    }
+    if (begin == 0) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const float sum = warp_sum(squares[r]);
+        if (lane == 0) partial(r, warp, kPass) = sum;
+      }
+    }
+    __syncthreads();
+    if (begin == 0) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        float sum = 0;
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) sum += partial(r, w, kPass);
+        scale[r] = rsqrtf(sum / static_cast<float>(p.hidden) + p.eps);
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (thread < kPass && begin + thread < p.num_experts) {
+        float sum = 0;
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) sum += partial(r, w, thread);
+        logits[r * p.num_experts + begin + thread] = sum * scale[r];
+      }
+    }
+    __syncthreads();
+  }
+
+  if (warp < kRows && first_row + warp < p.n) {
+    ChooseExperts(p, first_row + warp, first_row + warp >= valid, logits + warp * p.num_experts);
+  }
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      if (first_row + r >= p.n || column(v) >= p.hidden) continue;
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) x[r][v][i] *= scale[r];
+      Store16(p.normed + (first_row + r) * p.normed_stride + column(v), NarrowBf16(x[r][v]));
     }
   }
 }
 
-template <int kChunks, int kBlocks16, bool kHold>
-cudaError_t LaunchRoute(RouteParams params, int tile_rows, int rank_chunks, int multiprocessors, cudaStream_t stream) {
-  const auto kernel = RouteKernel<kChunks, kBlocks16, kHold>;
-  const int warps = std::clamp((rank_chunks + kChunks - 1) / kChunks, kMinWarps, kMaxWarps);
-  params.tile_rows = tile_rows;
-  const int chosen_rows = (tile_rows + kRanks - 1) / kRanks;
-  const int floats = warps * tile_rows * (16 * kBlocks16 + 1) + 2 * kRanks * kMaxTileRows +
-                     2 * kRanks * chosen_rows * params.num_experts;
-  const size_t shared_bytes = static_cast<size_t>(floats) * sizeof(float);
-  if (shared_bytes > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return error;
-  }
-  const int64_t tiles = (params.n + tile_rows - 1) / tile_rows;
-  const int64_t clusters = std::min<int64_t>(tiles, kClustersPerFour * std::max(1, multiprocessors / kRanks));
-  return Launch(kernel, dim3(static_cast<unsigned>(clusters * kRanks)), dim3(static_cast<unsigned>(32 * warps)),
-                shared_bytes, stream, kRanks, params);
+template <int kRows, int kVectors>
+cudaError_t LaunchRoute(const RouteParams& params, cudaStream_t stream) {
+  const int shared = kRows * (params.num_experts + kWarps * (kPass + 1)) * static_cast<int>(sizeof(float));
+  return Launch(RouteKernel<kRows, kVectors>, dim3((params.n + kRows - 1) / kRows), dim3(kThreads), shared, stream, 1,
+                params);
 }
 
 }  // namespace
-}  // namespace router
 
 cudaError_t Route(const RouteArgs& args, cudaStream_t stream) {
-  using namespace router;
-  const int64_t n = args.residual.rows;
-  const int64_t hidden = args.residual.cols;
-  const int64_t num_experts = args.gate.rows;
-  const int64_t top_k = args.experts.cols;
+  const int64_t n = args.residual.rows, hidden = args.residual.cols;
+  const int64_t num_experts = args.gate.rows, top_k = args.experts.cols;
   if (n == 0) return cudaSuccess;
-  if (hidden > kMaxHidden || !IsVectors(args.residual, DType::kF32, hidden) ||
+  if (n > INT32_MAX / 2 || hidden > kMaxHidden || !IsVectors(args.residual, DType::kF32, hidden) ||
       !IsVectors(args.norm_weight, DType::kF32, hidden) || !IsVectors(args.normed, DType::kBF16, hidden) ||
       args.normed.rows < n || !IsVectors(args.gate, DType::kBF16, hidden) || num_experts < 1 ||
-      num_experts > kMaxExperts || top_k < 1 || top_k > std::min<int64_t>(kMaxTopK, num_experts) ||
-      !IsPlain(args.experts, DType::kI32, n, top_k) || !IsPlain(args.weights, DType::kF32, n, top_k) ||
-      (args.delta.data != nullptr && !(IsVectors(args.delta, DType::kBF16, hidden) && args.delta.rows >= n))) {
+      num_experts > kMaxRouteExperts || top_k < 1 || top_k > std::min<int64_t>(kMaxRouteTopK, num_experts) ||
+      !IsPlain(args.experts, DType::kI32, n, top_k) || !IsPlain(args.weights, DType::kF32, n, top_k)) {
     return cudaErrorInvalidValue;
   }
-  const int chunks = static_cast<int>((hidden + kChunk - 1) / kChunk);
-  const int rank_chunks = (chunks + kRanks - 1) / kRanks;
-  const RouteParams params{.residual = static_cast<float*>(args.residual.data),
-                           .residual_stride = args.residual.stride,
-                           .delta = static_cast<const BFloat16*>(args.delta.data),
-                           .delta_stride = args.delta.stride,
-                           .weight = static_cast<const float*>(args.norm_weight.data),
-                           .eps = args.eps,
-                           .normed = static_cast<BFloat16*>(args.normed.data),
-                           .normed_stride = args.normed.stride,
-                           .gate = static_cast<const BFloat16*>(args.gate.data),
-                           .gate_stride = args.gate.stride,
-                           .num_rows = args.num_rows,
-                           .experts = static_cast<int32_t*>(args.experts.data),
-                           .experts_stride = args.experts.stride,
-                           .weights = static_cast<float*>(args.weights.data),
-                           .weights_stride = args.weights.stride,
-                           .n = n,
-                           .hidden = static_cast<int>(hidden),
-                           .rank_columns = rank_chunks * kChunk,
-                           .num_experts = static_cast<int>(num_experts),
-                           .top_k = static_cast<int>(top_k),
-                           .tile_rows = 0};
-  // As few rows in a tile as the device has clusters for.
-  const int multiprocessors = MultiprocessorCount();
-  const int64_t at_once = std::max(1, multiprocessors / kRanks);
-  const int tile_rows = static_cast<int>(std::clamp<int64_t>((n + at_once - 1) / at_once, 1, kMaxTileRows));
-  const bool one_wave = n <= at_once * tile_rows;
-  const bool few_experts = num_experts <= 16;
-  const auto launch = [&](auto route) { return route(params, tile_rows, rank_chunks, multiprocessors, stream); };
-  if (rank_chunks <= kMaxWarps) {
-    if (one_wave) return launch(few_experts ? LaunchRoute<1, 1, true> : LaunchRoute<1, 4, true>);
-    return launch(few_experts ? LaunchRoute<1, 1, false> : LaunchRoute<1, 4, false>);
+  if (args.delta.data != nullptr && !(IsVectors(args.delta, DType::kBF16, hidden) && args.delta.rows >= n)) {
+    return cudaErrorInvalidValue;
   }
-  if (rank_chunks <= 2 * kMaxWarps) return launch(few_experts ? LaunchRoute<2, 1, false> : LaunchRoute<2, 4, false>);
-  return launch(few_experts ? LaunchRoute<4, 1, false> : LaunchRoute<4, 4, false>);
+  const RouteParams params = {.residual = static_cast<float*>(args.residual.data),
+                              .residual_stride = args.residual.stride,
+                              .delta = static_cast<const BFloat16*>(args.delta.data),
+                              .delta_stride = args.delta.stride,
+                              .norm_weight = static_cast<const float*>(args.norm_weight.data),
+                              .eps = args.eps,
+                              .normed = static_cast<BFloat16*>(args.normed.data),
+                              .normed_stride = args.normed.stride,
+                              .gate = static_cast<const BFloat16*>(args.gate.data),
+                              .gate_stride = args.gate.stride,
+                              .num_experts = static_cast<int>(num_experts),
+                              .num_rows = args.num_rows,
+                              .experts = static_cast<int32_t*>(args.experts.data),
+                              .experts_stride = args.experts.stride,
+                              .weights = static_cast<float*>(args.weights.data),
+                              .weights_stride = args.weights.stride,
+                              .top_k = static_cast<int>(top_k),
+                              .n = static_cast<int>(n),
+                              .hidden = static_cast<int>(hidden)};
+  // Few rows: a block each. Many: four a block, while they fit in registers.
+  const bool many = n >= 512;
+  if (hidden <= kThreads * kVector) return many ? LaunchRoute<4, 1>(params, stream) : LaunchRoute<1, 1>(params, stream);
+  if (hidden <= 2 * kThreads * kVector) {
+    return many ? LaunchRoute<2, 2>(params, stream) : LaunchRoute<1, 2>(params, stream);
+  }
+  return LaunchRoute<1, 4>(params, stream);
 }
 
 }  // namespace soloist::cuda

@@ -1,6 +1,6 @@
 // Sampling: one kernel, one cluster of 8 thread blocks per row. Each block keeps its slice of the row in shared memory,
 // so that whatever a row asks for (penalties, top-k, top-p, the draw) is computed without reading device memory again;
-// the blocks meet in a few exchanges through distributed shared memory. Order of work per row:
+// the blocks meet in a few exchanges (sample_exchange.cuh). Order of work per row:
 //   1. load the slice; maximum and sum of exp in the same pass (log-probabilities are of the raw logits)
 //   2. rows with log-probabilities: the n best of each block to block 0
 //   3. penalties and bias, in shared memory
@@ -9,7 +9,6 @@
 //   6. draw over the survivors; exchange: the best noisy token
 // Everything is exact or in a fixed order: maxima, integer sums, and sums of exp over fixed slices of the vocabulary.
 #include <cooperative_groups.h>
-#include <cuda_pipeline.h>
 #include <cuda_runtime.h>
 
 #include <cmath>
@@ -25,6 +24,7 @@ namespace soloist::cuda {
 namespace {
 
 using namespace sampling;  // sample_*.cuh
+namespace cg = cooperative_groups;
 
 // Above the largest g = -log(-log(u)), u <= 1 - 2^-24.
 constexpr float kMaxGumbel = 16.7f;
@@ -34,70 +34,56 @@ constexpr int kSmallSlice = 2048;
 
 struct Shared {
   FilterShared filter;
+  uint64_t barriers[2];
   int32_t params[2 * sizeof(SamplingRow) / 4];  // the row's and the next one's
-  Partial partial[kCluster * kMaxWarps];        // written by the warps of all blocks
-  uint64_t drawn[kCluster * kMaxWarps];         // block 0: written by the warps of all blocks
+  Partial partial[kCluster * kMaxWarps];        // received, from the warps of all blocks
+  uint64_t drawn[kCluster * kMaxWarps];         // block 0: received, from the warps of all blocks
   TopList warp_top[kMaxWarps];                  // of the raw logits, by warp
-  TopList block_top[kCluster];                  // block 0: by block
+  TopList top;                                  // of the block
+  TopList block_top[kCluster];                  // block 0: received, from all blocks
   int pending_seen;
 };
 
-// Starts copying a thread's quads [first, first + count) (in steps of blockDim.x) of the row to shared memory; beyond
-// the vocabulary: -inf.
-__device__ __forceinline__ void CopyQuads(const float* row, int vocab, bool aligned, const Slice& slice, int first,
-                                          int count) {
-  for (int j = first; j < first + count; ++j) {
-    const int q = threadIdx.x + j * blockDim.x;
-    if (q >= slice.quads) return;
-    const int token = slice.begin + 4 * q;
-    if (aligned && token + 4 <= vocab) {
-      __pipeline_memcpy_async(slice.values + q, row + token, 16);
-      continue;
-    }
-    float* values = reinterpret_cast<float*>(slice.values + q);
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      if (token + c < vocab) {
-        __pipeline_memcpy_async(values + c, row + token + c, 4);
-      } else {
-        values[c] = kBanned;
-      }
-    }
-  }
+// Tokens [token, token + 4) of the row, -inf beyond the vocabulary.
+__device__ __forceinline__ float4 LoadQuad(const float* row, int token, int vocab, bool aligned) {
+  if (aligned && token + 4 <= vocab) return __ldcs(reinterpret_cast<const float4*>(row + token));
+  return {token < vocab ? row[token] : kBanned, token + 1 < vocab ? row[token + 1] : kBanned,
+          token + 2 < vocab ? row[token + 2] : kBanned, token + 3 < vocab ? row[token + 3] : kBanned};
 }
 
-// Adds the same quads, copied, to the thread's result.
-__device__ __forceinline__ void AddQuads(const Slice& slice, int first, int count, Partial& p, int& best) {
-  for (int j = first; j < first + count; ++j) {
-    const int q = threadIdx.x + j * blockDim.x;
-    if (q >= slice.quads) return;
-    const float4 quad = slice.values[q];
-    const float max = Max(quad);
-    if (max > p.max) {
-      p.sum = Rescale(p.sum, p.max, max);
-      p.max = max;
-      best = slice.begin + 4 * q + (quad.x == max ? 0 : quad.y == max ? 1 : quad.z == max ? 2 : 3);
-    }
-    if (p.max == kBanned) continue;
-    p.sum += (expf(quad.x - p.max) + expf(quad.y - p.max)) + (expf(quad.z - p.max) + expf(quad.w - p.max));
-  }
-}
-
-// Global to shared memory, all of it in flight at once; the thread's part of the result.
+// Global to shared memory; the thread's part of the result.
 __device__ __forceinline__ Partial LoadSlice(const float* row, int vocab, bool aligned, const Slice& slice) {
-  constexpr int kStages = 4;
-  const int count = (slice.quads + kStages * blockDim.x - 1) / (kStages * blockDim.x);
-#pragma unroll
-  for (int stage = 0; stage < kStages; ++stage) {
-    CopyQuads(row, vocab, aligned, slice, stage * count, count);
-    __pipeline_commit();
-  }
+  constexpr int kBatch = 4;
   Partial p = kNothing;
   int best = slice.begin + 4 * static_cast<int>(threadIdx.x);
+  for (int first = threadIdx.x; first < slice.quads; first += kBatch * blockDim.x) {
+    float4 quads[kBatch];
 #pragma unroll
-  for (int stage = 0; stage < kStages; ++stage) {
-    __pipeline_wait_prior(kStages - 1 - stage);
-    AddQuads(slice, stage * count, count, p, best);
+    for (int j = 0; j < kBatch; ++j) {
+      const int q = first + j * blockDim.x;
+      quads[j] = LoadQuad(row, slice.begin + 4 * q, q < slice.quads ? vocab : 0, aligned);
+    }
+    float max = p.max;
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int q = first + j * blockDim.x;
+      if (q < slice.quads) slice.values[q] = quads[j];
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        if (At(quads[j], c) > max) {
+          max = At(quads[j], c);
+          best = slice.begin + 4 * q + c;
+        }
+      }
+    }
+    if (max == kBanned) continue;
+    p.sum = Rescale(p.sum, p.max, max);
+    p.max = max;
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) p.sum += expf(At(quads[j], c) - max);
+    }
   }
   if (threadIdx.x < slice.quads) p.best = Candidate(p.max, best);
   return p;
@@ -236,36 +222,67 @@ __device__ uint64_t Draw(const SamplingRow& row, const Slice& slice, float scale
 }
 
 // What top-k, min-p and top-p leave: the key of the least likely survivor's scaled logit. `max` is the largest.
-__device__ uint32_t Filter(const SamplingRow& row, int vocab, const Slice& slice, float scale, float max,
-                           FilterShared& shared, const cg::cluster_group& cluster) {
+__device__ uint32_t Filter(const SamplingRow& row, int vocab, const Slice& slice, int rank, float scale, float max,
+                           FilterShared& shared, Exchange& exchange) {
   uint32_t least = 0;
   if (max == kBanned) return least;
-  int phase = 0;
   if (row.top_k > 0 && row.top_k < vocab) {
-    least =
-        LeastKey<false>(slice, scale, max, 0, static_cast<unsigned long long>(row.top_k), 0, shared, phase, cluster);
+    least = LeastKey<false>(slice, rank, scale, max, 0, row.top_k, 0, shared, exchange);
   }
   if (row.min_p > 0) {
     const float log_min_p = static_cast<float>(log(static_cast<double>(row.min_p)));
     least = ::max(least, Key(__fadd_rn(max, log_min_p)));
   }
-  if (row.top_p < 1) least = LeastKey<true>(slice, scale, max, least, 0, row.top_p, shared, phase, cluster);
+  if (row.top_p < 1) least = LeastKey<true>(slice, rank, scale, max, least, 0, row.top_p, shared, exchange);
   return least;
+}
+
+// All threads: sends the n best raw logits of the block to block 0. `best`: the thread's.
+__device__ void SendTop(const Slice& slice, int vocab, int rank, int n, uint64_t best, Shared& shared,
+                        Exchange& exchange) {
+  if (threadIdx.x < kMaxTopLogprobs) shared.top[threadIdx.x] = 0;
+  TopOfWarps(slice, vocab, n, best, shared.warp_top);
+  __syncthreads();
+  ForEachRanked(shared.warp_top, blockDim.x / 32, [&](int place, uint64_t candidate) {
+    if (place < n) shared.top[place] = candidate;
+  });
+  __syncthreads();
+  if (threadIdx.x < kMaxTopLogprobs) {
+    exchange.Send(&shared.block_top[rank][threadIdx.x], shared.top[threadIdx.x], 0);
+  }
+}
+
+// All threads of block 0: the row's n best to its outputs of kMaxTopLogprobs.
+__device__ void WriteTop(const TopList* block_top, int n, float log_sum, int vocab, int32_t* tokens, float* logprobs) {
+  const int i = threadIdx.x;
+  if (i < kMaxTopLogprobs && i >= min(n, vocab)) {
+    tokens[i] = -1;
+    logprobs[i] = 0;
+  }
+  if (n <= 0) return;
+  ForEachRanked(block_top, kCluster, [&](int place, uint64_t candidate) {
+    if (place >= n) return;
+    tokens[place] = TokenOf(candidate);
+    logprobs[place] = ValueOf(candidate) - log_sum;
+  });
 }
 
 // logits [rows, vocab] are read once: rows * vocab * 4 bytes; history and bias of a row by each of its blocks. Grid:
 // kCluster blocks of 256 or 512 threads per row; dynamic shared memory: one slice, 16 * quads bytes.
-__global__ void __launch_bounds__(kMaxThreads, 3)
+__global__ void __launch_bounds__(kMaxThreads, 2)
     SampleKernel(const __grid_constant__ SampleArgs args, bool aligned, int quads) {
   extern __shared__ float4 values[];
   __shared__ Shared shared;
   const cg::cluster_group cluster = cg::this_cluster();
-  auto started = cluster.barrier_arrive();
+  Exchange exchange(shared.barriers);
+  if (threadIdx.x == 0) exchange.Init();
+  auto ready = cluster.barrier_arrive();
   const int r = blockIdx.x / kCluster, rank = blockIdx.x % kCluster;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
   const int vocab = static_cast<int>(args.logits.cols), begin = min(4 * rank * quads, (vocab + 3) / 4 * 4);
   const Slice slice = {values, begin, min(quads, (vocab - begin + 3) / 4)};
-  for (auto& histogram : shared.filter.histogram) ClearHistogram(histogram);
+  ClearHistogram(shared.filter.histogram);
+  cluster.barrier_wait(std::move(ready));
 
   PdlWait();
   const float* logits = static_cast<const float*>(args.logits.data) + r * args.logits.stride;
@@ -275,66 +292,65 @@ __global__ void __launch_bounds__(kMaxThreads, 3)
   Partial partial = LoadSlice(logits, vocab, aligned, slice);
   PdlTrigger();
   __syncthreads();
-  cluster.barrier_wait(std::move(started));
 
   const SamplingRow& row = reinterpret_cast<const SamplingRow*>(shared.params)[0];
   const SamplingRow& next = reinterpret_cast<const SamplingRow*>(shared.params)[1];
+  const bool penalties = row.repetition_penalty != 1 || row.presence_penalty != 0 || row.frequency_penalty != 0;
+  const bool biased = row.bias_begin < next.bias_begin, sampled = row.temperature != 0;
   const int num_top = row.num_top_logprobs;
+  if (threadIdx.x == 0 && (sampled || rank == 0)) {
+    exchange.Expect(kCluster * warps * sizeof(Partial) + (rank == 0 && num_top > 0 ? kCluster * sizeof(TopList) : 0));
+  }
   if (row.return_logits != 0) {
     CopySlice(slice, vocab, aligned && vocab % 4 == 0, args.raw_logits + int64_t{r} * vocab);
   }
-  if (num_top > 0) {
-    TopOfWarp(slice, vocab, num_top, partial.best, shared.warp_top[warp], lane);
-    uint64_t* list = cluster.map_shared_rank(shared.block_top[rank], 0);
-    if (threadIdx.x < num_top) list[threadIdx.x] = 0;
-    __syncthreads();
-    ForEachRanked(shared.warp_top, warps, num_top, [&](int place, uint64_t candidate) {
-      if (place < num_top) list[place] = candidate;
-    });
-  }
-  const bool penalties = row.repetition_penalty != 1 || row.presence_penalty != 0 || row.frequency_penalty != 0;
+  if (num_top > 0) SendTop(slice, vocab, rank, num_top, partial.best, shared, exchange);
   if (penalties) Penalize(args, row, next.history_begin, slice, &shared.pending_seen);
-  if (row.bias_begin < next.bias_begin) {
+  if (biased) {
     __syncthreads();
     if (warp == 0) AddBias(args.bias, row.bias_begin, next.bias_begin, slice, lane);
   }
-  if (penalties || row.bias_begin < next.bias_begin) {
+  if (penalties || biased) {
     __syncthreads();
     partial.best = BestOfSlice(slice);
   }
 
   partial = WarpReduce(partial);
-  if (lane < kCluster) cluster.map_shared_rank(shared.partial, lane)[rank * warps + warp] = partial;
-  cluster.sync();
-  partial = Merge(shared.partial, kCluster * warps, lane);
-  const float log_sum = partial.max + logf(partial.sum);
-  if (rank == 0) {
-    int32_t* tokens = args.top_tokens + int64_t{r} * kMaxTopLogprobs;
-    float* logprobs = args.top_logprobs + int64_t{r} * kMaxTopLogprobs;
-    if (threadIdx.x < kMaxTopLogprobs && threadIdx.x >= min(num_top, vocab)) {
-      tokens[threadIdx.x] = -1;
-      logprobs[threadIdx.x] = 0;
-    }
-    ForEachRanked(shared.block_top, kCluster, num_top, [&](int place, uint64_t candidate) {
-      if (place >= num_top) return;
-      tokens[place] = TokenOf(candidate);
-      logprobs[place] = ValueOf(candidate) - log_sum;
-    });
+  if (lane < (sampled ? kCluster : 1)) {
+    const Partial* slot = &shared.partial[rank * warps + warp];
+    exchange.Send(slot, partial.MaxAndSum(), lane);
+    exchange.Send(&slot->best, partial.best, lane);
   }
-  uint64_t chosen = partial.best;
-  if (row.temperature != 0) {
+  const bool writer = rank == 0 && warp == warps - 1;
+  if (!sampled && rank != 0) return;
+  exchange.Wait();
+  exchange.Next();
+  uint64_t chosen = 0;
+#pragma unroll 4
+  for (int i = lane; i < kCluster * warps; i += 32) chosen = max(chosen, shared.partial[i].best);
+  chosen = WarpMax(chosen);
+  float log_sum = 0;
+  if (rank == 0 && (writer || num_top > 0)) log_sum = LogSumExp(shared.partial, kCluster * warps, lane);
+  if (rank == 0) {
+    WriteTop(shared.block_top, num_top, log_sum, vocab, args.top_tokens + int64_t{r} * kMaxTopLogprobs,
+             args.top_logprobs + int64_t{r} * kMaxTopLogprobs);
+  }
+  if (sampled) {
     const float scale = __fdiv_rn(1.0f, row.temperature), max = __fmul_rn(ValueOf(chosen), scale);
-    const uint32_t least = Filter(row, vocab, slice, scale, max, shared.filter, cluster);
+    const uint32_t least = Filter(row, vocab, slice, rank, scale, max, shared.filter, exchange);
     chosen = WarpMax(Draw(row, slice, scale, least, chosen));
-    if (lane == 0) cluster.map_shared_rank(shared.drawn, 0)[rank * warps + warp] = chosen;
-    cluster.sync();
-    chosen = 0;
+    if (lane == 0) exchange.Send(&shared.drawn[rank * warps + warp], chosen, 0);
+    if (!writer) return;
+    if (lane == 0) exchange.Expect(kCluster * warps * sizeof(uint64_t));
+    exchange.Wait();
+#pragma unroll 4
     for (int i = lane; i < kCluster * warps; i += 32) chosen = ::max(chosen, shared.drawn[i]);
     chosen = WarpMax(chosen);
   }
-  if (rank == 0 && threadIdx.x == 0) {
-    args.tokens[r] = TokenOf(chosen);
-    args.logprobs[r] = logits[TokenOf(chosen)] - log_sum;
+  if (writer && lane == 0) {
+    const int token = TokenOf(chosen);
+    args.tokens[r] = token;
+    args.logprobs[r] = (sampled || penalties || biased ? logits[token] : ValueOf(chosen)) - log_sum;
   }
 }
 

@@ -33,6 +33,10 @@ struct Partial {
   float max;  // of the raw logits
   float sum;  // of exp(raw logit - max)
   uint64_t best;
+
+  __device__ uint64_t MaxAndSum() const {  // as they lie in memory
+    return (uint64_t{__float_as_uint(sum)} << 32) | __float_as_uint(max);
+  }
 };
 inline constexpr Partial kNothing = {kBanned, 0, 0};
 
@@ -49,27 +53,43 @@ __device__ __forceinline__ Partial WarpReduce(Partial p) {
   return {max, p.sum, WarpMax(p.best)};
 }
 
-// The row's result from those of `warps` warps (in all blocks together), in all lanes.
-__device__ __forceinline__ Partial Merge(const Partial* partial, int warps, int lane) {
-  Partial p = kNothing;
-  for (int i = lane; i < warps; i += 32) p.max = fmaxf(p.max, partial[i].max);
-  for (int i = lane; i < warps; i += 32) {
-    p.sum += Rescale(partial[i].sum, partial[i].max, p.max);
-    p.best = max(p.best, partial[i].best);
-  }
-  return WarpReduce(p);
+// log(sum of exp) of the raw logits from the results of `warps` warps, in all lanes.
+__device__ __forceinline__ float LogSumExp(const Partial* partial, int warps, int lane) {
+  float max = kBanned;
+#pragma unroll 4
+  for (int i = lane; i < warps; i += 32) max = fmaxf(max, partial[i].max);
+  max = FromKey(__reduce_max_sync(kAllLanes, Key(max)));
+  float sum = 0;
+#pragma unroll 4
+  for (int i = lane; i < warps; i += 32) sum += Rescale(partial[i].sum, partial[i].max, max);
+  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
+  return max + logf(sum);
 }
 
-// A warp's best tokens, descending; 0: there are no more.
+// Best tokens, descending; 0: there are no more.
 using TopList = uint64_t[kMaxTopLogprobs];
 
-// One warp: the n best of the values that its lanes work on, of which `best` is each lane's best. Takes out the best n
-// times; the lane that had it gets its next best.
-__device__ inline void TopOfWarp(const Slice& slice, int vocab, int n, uint64_t best, TopList& list, int lane) {
+// All threads of a block: each warp finds the best of the values that its lanes work on, of which `best` is each lane's
+// best; lists[warp] gets all of those that are among the block's n best. A warp takes out its best again and again; the
+// lane that had it gets its next best.
+__device__ inline void TopOfWarps(const Slice& slice, int vocab, int n, uint64_t best, TopList* lists) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
+  const int share = (n + warps - 1) / warps;  // n tokens or more, if each warp has as many
+  uint64_t enough = 0;                        // what is below is not among the block's n best
+  if (lane < kMaxTopLogprobs) lists[warp][lane] = 0;
+  __syncwarp();
   for (int i = 0; i < n; ++i) {
+    if (i == share) {
+      __syncthreads();
+      enough = lists[0][share - 1];
+      for (int w = 1; w < warps; ++w) enough = min(enough, lists[w][share - 1]);
+    }
     const uint64_t top = WarpMax(best);
-    if (lane == 0) list[i] = top;
-    if (top == 0) continue;
+    if (top == 0 || top < enough) {
+      if (i < share) continue;  // all meet at the barrier
+      break;
+    }
+    if (lane == 0) lists[warp][i] = top;
     const int owner = (TokenOf(top) - slice.begin) / 4 % blockDim.x;
     uint64_t next = 0;
     for (int q = owner + lane * blockDim.x; q < slice.quads; q += 32 * blockDim.x) {
@@ -86,19 +106,28 @@ __device__ inline void TopOfWarp(const Slice& slice, int vocab, int n, uint64_t 
   }
 }
 
-// All threads of a block: calls write(rank, candidate) for each of the first n of each list, where rank is the number
-// of better ones in all the lists.
+// All threads of a block: calls write(rank, candidate) for each entry of the lists but 0, where rank is the number of
+// better ones in all of them.
 template <typename Write>
-__device__ __forceinline__ void ForEachRanked(const TopList* lists, int num_lists, int n, const Write& write) {
-  for (int i = threadIdx.x; i < num_lists * n; i += blockDim.x) {
-    const uint64_t candidate = lists[i / n][i % n];
+__device__ __forceinline__ void ForEachRanked(const TopList* lists, int num_lists, const Write& write) {
+  for (int i = threadIdx.x; i < num_lists * kMaxTopLogprobs; i += blockDim.x) {
+    const uint64_t candidate = lists[i / kMaxTopLogprobs][i % kMaxTopLogprobs];
+    if (candidate == 0) continue;
     int rank = 0;
+#pragma unroll 4
     for (int l = 0; l < num_lists; ++l) {
-      for (int j = 0; j < n; ++j) rank += lists[l][j] > candidate ? 1 : 0;
+      int better = 0;  // by binary search
+#pragma unroll
+      for (int step = 16; step > 0; step /= 2) {
+        const int last = better + step - 1;
+        if (last < kMaxTopLogprobs && lists[l][last] > candidate) better += step;
+      }
+      rank += better;
     }
-    if (candidate != 0) write(rank, candidate);
+    write(rank, candidate);
   }
 }
+static_assert(kMaxTopLogprobs < 32);
 
 }  // namespace soloist::cuda::sampling
 

@@ -40,12 +40,15 @@ inline bool ChooseCut(Shape& s, int rows, int tables, const Tuning& tuning, int&
     }
     const int of_two = (kSharedOfTwo - other) / kStageBytes;
     const int of_one = (kSharedOfOne - other) / kStageBytes;
-    s.ring = std::min(kMaxRing, of_two >= 3 ? of_two : std::min(of_one, 8));
-    if (tuning.ring > 0) s.ring = std::min(tuning.ring, of_one);
+    s.ring = tuning.ring > 0 ? std::min(tuning.ring, of_one) : of_two >= 3 ? of_two : std::min(of_one, 8);
+    s.ring = std::min(s.ring, kMaxRing);
+    if (s.ring > kMaxConsumers) s.ring -= s.ring % 2;
+    s.consumers = s.ring > kMaxConsumers ? s.ring / 2 : s.ring;
     if (s.ring >= 3) break;
   }
-  s.ahead = tuning.ahead >= 0 ? tuning.ahead : 6;
-  s.trigger_left = tuning.trigger_left >= 0 ? tuning.trigger_left : 6;
+  s.ahead = tuning.ahead >= 0 ? tuning.ahead : 0;
+  s.trigger_left = tuning.trigger_left >= 0 ? tuning.trigger_left : 1000;
+  s.evict_first = tuning.evict_first != 0;
   return s.row_tile >= 8;
 }
 
@@ -56,7 +59,20 @@ cudaError_t LaunchKernel(const Shape& s, const typename Jobs::Params& params, in
   const auto kernel = &SkinnyGemmKernel<Jobs, kMaxNt>;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
-  return Launch(kernel, dim3(blocks), dim3(kThreads), bytes, stream, cluster, s, params);
+  // Not kernels/cuda/launch.cuh's Launch: st.async needs a launch with clusters even where a cluster is one block.
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3((s.consumers + 3) * 32);
+  config.dynamicSmemBytes = bytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = 2;
+  return cudaLaunchKernelEx(&config, kernel, s, params);
 }
 
 // `max_jobs`: bound of the jobs, as far as known.

@@ -11,9 +11,10 @@ namespace soloist::cuda::skinny {
 struct Tuning {
   int cluster = -1;       // blocks of a cluster, which share k: 1, 2, 4, 8
   int ring = -1;          // stages of the ring of a block
-  int ahead = -1;         // stages prefetched to L2 beyond the ring
+  int ahead = -1;         // tiles of a cluster prefetched to L2 before PdlWait, beyond the ring
   int trigger_left = -1;  // PdlTrigger when so many stages are left to fetch
   int blocks = -1;        // of the grid
+  int evict_first = -1;   // L2 policy of weights
 };
 
 cudaError_t TunedGemm(const SkinnyGemmArgs& args, const Tuning& tuning, cudaStream_t stream);

@@ -67,9 +67,17 @@ __device__ __forceinline__ Floats FromWords(uint4 low, uint4 high) {
            __uint_as_float(high.x), __uint_as_float(high.y), __uint_as_float(high.z), __uint_as_float(high.w)}};
 }
 __device__ __forceinline__ Floats LoadFloats(const float* p) { return FromWords(Load16(p), Load16(p + 4)); }
-// Of constants (weights, tables): through the read-only path, and the compiler may move it.
-__device__ __forceinline__ Floats LoadConstants(const float* p) {
-  return FromWords(__ldg(reinterpret_cast<const uint4*>(p)), __ldg(reinterpret_cast<const uint4*>(p + 4)));
+// Of constants (weights, tables): through the read-only path. Volatile, so that the compiler does not move it behind
+// PdlWait(). Zeros unless `exists`.
+__device__ __forceinline__ uint4 LoadConstant16(const void* p, bool exists) {
+  uint4 v = {};
+  asm volatile("{.reg .pred exists;\nsetp.ne.u32 exists, %5, 0;\n@exists ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];}"
+               : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+               : "l"(p), "r"(static_cast<uint32_t>(exists)));
+  return v;
+}
+__device__ __forceinline__ Floats LoadConstants(const float* p, bool exists = true) {
+  return FromWords(LoadConstant16(p, exists), LoadConstant16(p + 4, exists));
 }
 __device__ __forceinline__ void StoreFloats(float* p, const Floats& in) {
   Store16(p, {__float_as_uint(in[0]), __float_as_uint(in[1]), __float_as_uint(in[2]), __float_as_uint(in[3])});

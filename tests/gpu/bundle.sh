@@ -10,7 +10,7 @@ if (($# == 0)); then
 fi
 folder=$1
 shift
-if (($# == 0)); then set -- "$root"/bazel-bin/tests/gpu/{cuda_ops_test,cuda_parity_test}; fi
+if (($# == 0)); then set -- "$root"/bazel-out/k8-opt-cuda/bin/tests/gpu/{cuda_ops_test,cuda_parity_test}; fi
 mkdir -p "$folder/lib"
 rm -f "$folder"/lib/*
 for binary in "$@"; do

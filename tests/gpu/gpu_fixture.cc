@@ -39,7 +39,7 @@ std::vector<Prepared>& AllPrepared() {
 auto KeyOf(const OpLimits& l) {
   return std::tuple(l.max_tokens, l.max_expert_rows, l.max_logit_rows, l.max_sequences, l.max_model_len, l.hidden_size,
                     l.expert_hidden_size, l.gated_experts, l.vocab_size, l.num_heads, l.num_kv_heads, l.head_dim,
-                    l.num_experts, l.local_experts, l.top_k);
+                    l.num_experts, l.local_experts, l.top_k, l.fp8_kv);
 }
 
 // Devices go before the driver does.
@@ -222,6 +222,7 @@ OpLimits LimitsOf(const ModelSizes& sizes, int64_t max_tokens, int64_t max_model
   limits.num_experts = sizes.experts;
   limits.local_experts = sizes.experts;
   limits.top_k = 4;
+  limits.fp8_kv = true;
   return limits;
 }
 

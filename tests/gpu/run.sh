@@ -28,6 +28,8 @@ for binary in cuda_ops_test cuda_parity_test; do
   ldd "$here/$binary" | grep 'not found'
 done
 
+sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
+
 passed=0
 failed=0
 table=""
@@ -68,11 +70,11 @@ for part in $parts; do
       done
       ;;
     memcheck)
-      suite memcheck 90 compute-sanitizer --tool memcheck --error-exitcode 9 --print-limit 10 \
+      suite memcheck 90 "$sanitizer" --tool memcheck --error-exitcode 9 --print-limit 10 \
         "$here/cuda_ops_test" --gtest_filter='*Small*'
       ;;
     racecheck)
-      suite racecheck 90 compute-sanitizer --tool racecheck --racecheck-report all --error-exitcode 9 --print-limit 10 \
+      suite racecheck 90 "$sanitizer" --tool racecheck --racecheck-report all --error-exitcode 9 --print-limit 10 \
         "$here/cuda_ops_test" --gtest_filter='*Small*'
       ;;
     *)
