@@ -99,7 +99,7 @@ struct OpLimits {
   int kv_block_size = 0;
   bool fp8_kv = false;
   int sliding_window = 0;  // 0: none
-  int num_experts = 0;  // of the model
+  int num_experts = 0;     // of the model
   int local_experts = 0;
   int top_k = 0;
 };

@@ -82,6 +82,9 @@ struct ExpertMlpArgs {
   const Tensor* w_out = nullptr;  // per local expert: BF16 [hidden, expert_hidden]
   int num_experts = 0;            // local experts
   Activation activation = Activation::kSiluGated;
+  // Device memory, [num_experts + 1]: rows [row_offsets[e], row_offsets[e + 1]) of x are local expert e's, all of them
+  // and without gaps, as the groups say too. Null: only the groups know.
+  const int32_t* row_offsets = nullptr;
   int64_t expected_rows =
       0;           // rows of all groups together as far as the host knows: chooses the kernel, not the result
   Tensor scratch;  // act [>= rows of x, width of w_in]: inner activations, at the rows of x
@@ -113,8 +116,9 @@ struct DispatchRowsArgs {
   int num_experts = 0;
   Tensor slots;               // I32 [n, top_k] row of dst, written
   int32_t* counts = nullptr;  // [num_experts] rows per expert (indexed by expert id), written
-  int32_t* begins = nullptr;  // [num_experts] first row per expert, written unless null
-  Tensor dst;                 // act [rows, hidden]: dst[slots[i, j], :] = x[i, :]
+  // [num_experts + 1] first row per expert; where rows are packed, also the number of all rows. Written unless null.
+  int32_t* begins = nullptr;
+  Tensor dst;  // act [rows, hidden]: dst[slots[i, j], :] = x[i, :]
   // Copies of counts in front of the rows for each destination: copy r at dst.data + r * header_stride_bytes.
   int num_headers = 0;
   int64_t header_stride_bytes = 0;
@@ -176,6 +180,9 @@ class Ops {
   // out[i, :] = x[rows[i], :].
   virtual void GatherRows(const Tensor& x /* act [n, hidden] */, const int32_t* rows /* [m] */,
                           const Tensor& out /* act [m, hidden] */, Stream& stream) = 0;
+
+  // Copies within device memory; for what lies between ops (elsewhere Device::Copy).
+  virtual void CopyBytes(void* dst, const void* src, int64_t bytes, Stream& stream) = 0;
 
   // Dummy weights: out[i, j] = UniformAt(key, (first_row + i) * cols + j, scale); see kernels/uniform.h.
   virtual void FillUniform(uint64_t key, float scale, int64_t first_row, const Tensor& out /* F32 or BF16 [n, cols] */,

@@ -3,6 +3,7 @@
 #ifndef SOLOIST_KERNELS_PHILOX_H_
 #define SOLOIST_KERNELS_PHILOX_H_
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 
@@ -19,8 +20,10 @@ inline std::array<uint32_t, 4> Philox4x32(std::array<uint32_t, 4> counter, std::
   return counter;
 }
 
-// In (0, 1): 24 bits, never the ends.
-inline float ToUnit(uint32_t bits) { return (static_cast<float>(bits >> 8) + 0.5f) * 0x1p-24f; }
+// In (0, 1): 24 bits, never the ends (the largest would round to 1).
+inline float ToUnit(uint32_t bits) {
+  return std::min((static_cast<float>(bits >> 8) + 0.5f) * 0x1p-24f, 0x1.fffffep-1f);
+}
 
 }  // namespace soloist
 

@@ -101,6 +101,8 @@ class AllToAllDispatcher final : public TokenDispatcher {
 
  private:
   DispatchLayout LayoutOf(int64_t capacity) const {
+    // A rank alone waits for nobody's counts, and packed rows are what its experts want.
+    if (ranks_ == 1) return DispatchLayout::kContiguous;
     return capacity <= options_.masked_max_tokens ? DispatchLayout::kMasked : DispatchLayout::kContiguous;
   }
   int64_t ChunkRows(int64_t capacity) const { return header_rows_ + max_local_experts_ * capacity; }
@@ -138,11 +140,12 @@ class AllToAllDispatcher final : public TokenDispatcher {
   int64_t max_local_experts_ = 0;                 // of any rank
   int64_t header_rows_ = 0;
 
-  Buffer send_;    // rows that leave; in Combine the rows that have come back
-  Buffer input_;   // rows that have come; unused by a group of one
-  Buffer output_;  // the experts' rows
-  Buffer slots_;   // I32 [max_tokens_per_rank, top_k]
-  Buffer begins_;  // I32 [num_experts], contiguous layout in a group of one
+  Buffer send_;      // rows that leave; in Combine the rows that have come back
+  Buffer input_;     // rows that have come; unused by a group of one
+  Buffer output_;    // the experts' rows
+  Buffer slots_;     // I32 [max_tokens_per_rank, top_k]
+  Buffer begins_;    // I32 [num_experts + 1], contiguous layout in a group of one
+  Buffer all_rows_;  // I32 [2]: zero and the rows of the step, in loopback
   // I64 [masked_capacity + 1, num_experts]: DispatchRows' base for each capacity. A table, because a kernel that still
   // reads it must not see the next step's.
   Buffer bases_;
@@ -191,7 +194,8 @@ absl::Status AllToAllDispatcher::Allocate() {
     ASSIGN_OR_RETURN(all_counts_, device_.Allocate(ranks_ * experts * kCountBytes));
     ASSIGN_OR_RETURN(host_counts_, device_.AllocatePinned(ranks_ * experts * kCountBytes));
   } else {
-    ASSIGN_OR_RETURN(begins_, device_.Allocate(experts * kCountBytes));
+    ASSIGN_OR_RETURN(begins_, device_.Allocate((experts + 1) * kCountBytes));
+    ASSIGN_OR_RETURN(all_rows_, device_.Allocate(2 * kCountBytes));
   }
   ASSIGN_OR_RETURN(bases_, device_.Allocate(base_bytes));
   ASSIGN_OR_RETURN(order_, device_.Allocate(experts * kCountBytes));
@@ -298,6 +302,13 @@ absl::Status AllToAllDispatcher::KeepRows(const int32_t* counts, DispatchHandle&
     for (const std::vector<int32_t>& of_rank : experts_of_) {
       AddGroup(l, 0, handle.slots.rows, counts + of_rank[l], begins + of_rank[l]);
     }
+  }
+  if (ranks_ == 1) {
+    handle.row_offsets = begins;
+  } else if (experts_of_[0].size() == 1) {
+    auto* offsets = static_cast<int32_t*>(all_rows_.data());
+    device_.ops().CopyBytes(offsets + 1, begins + options_.num_experts, kCountBytes, stream);
+    handle.row_offsets = offsets;
   }
   return absl::OkStatus();
 }

@@ -58,6 +58,7 @@ struct DispatchHandle {
   // Rows of all groups together: exact where the host knows them, else what a uniform choice of experts would give at
   // full capacity. For ExpertMlpArgs::expected_rows.
   int64_t expected_rows = 0;
+  const int32_t* row_offsets = nullptr;  // see ExpertMlpArgs::row_offsets
 };
 
 // Where the weighted sums go: see CombineRowsArgs. Either or both of delta and residual.

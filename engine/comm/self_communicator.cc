@@ -7,6 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
 #include "engine/comm/communicator.h"
+#include "kernels/ops.h"
 
 namespace soloist {
 namespace {
@@ -74,7 +75,7 @@ class SelfCommunicator final : public Communicator {
  private:
   absl::Status CopyUnlessAborted(const void* send, void* recv, int64_t bytes, Stream& stream) {
     absl::Status status = error();
-    if (status.ok() && send != recv && bytes > 0) device_.Copy(recv, send, bytes, stream);
+    if (status.ok() && send != recv && bytes > 0) device_.ops().CopyBytes(recv, send, bytes, stream);
     return status;
   }
 

@@ -136,6 +136,7 @@ absl::Status Transformer::Moe(int layer, const StepInputs& in, Stream& stream) {
                    .w_out = w_out.data(),
                    .num_experts = static_cast<int>(w_in.size()),
                    .activation = config_.activation,
+                   .row_offsets = handle.row_offsets,
                    .expected_rows = handle.expected_rows,
                    .scratch = Act(expert_scratch_, handle.expert_input.rows, w_in[0].rows),
                    .out = handle.expert_output},

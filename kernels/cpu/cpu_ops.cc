@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
 
 #include "kernels/cpu/simd.h"
 #include "kernels/uniform.h"
@@ -138,6 +139,9 @@ class CpuOps final : public Ops {
     }
     if (args.begins != nullptr) {
       for (int e = 0; e < args.num_experts; ++e) args.begins[e] = static_cast<int32_t>(base[e]);
+      if (args.base == nullptr) {
+        args.begins[args.num_experts] = std::accumulate(args.counts, args.counts + args.num_experts, 0);
+      }
     }
     ForRows(args.x.rows, [&](int64_t i) {
       for (int64_t j = 0; j < experts.cols; ++j) {
@@ -172,6 +176,10 @@ class CpuOps final : public Ops {
       }
       if (args.residual.data != nullptr) AddNormRow(args.residual, i, sum, args.norm_weight, args.eps, args.normed);
     });
+  }
+
+  void CopyBytes(void* dst, const void* src, int64_t bytes, Stream&) override {
+    if (bytes > 0) std::memcpy(dst, src, bytes);
   }
 
   void GatherRows(const Tensor& x, const int32_t* rows, const Tensor& out, Stream&) override {

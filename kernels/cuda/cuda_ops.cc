@@ -7,10 +7,10 @@
 
 #include "base/check.h"
 #include "base/status.h"
+#include "kernels/cuda/copy_bytes.h"
 #include "kernels/cuda/cuda_error.h"
 #include "kernels/cuda/decode_attention.h"
 #include "kernels/cuda/sample.h"
-#include "kernels/cuda/skinny_gemm.h"
 #include "kernels/cuda/token_ops.h"
 #include "spdlog/spdlog.h"
 
@@ -23,8 +23,15 @@ constexpr int64_t kFp8ScratchTokens = 131072;
 // Products of up to so many rows are bound by reading the weights; more rows are cuBLASLt's.
 constexpr int64_t kMaxFewRows = 64;
 
-// What GroupedGemm takes.
-bool FitsTiles(const Tensor& w) { return w.cols % 64 == 0 && w.rows % 16 == 0; }
+// One expert's products of more rows are cuBLASLt's too, where the host knows that all rows are valid.
+constexpr int64_t kMaxGroupedRows = 1024;
+
+GroupedActivation ActivationOf(Activation activation) {
+  return activation == Activation::kSiluGated ? GroupedActivation::kSiluGated : GroupedActivation::kGelu;
+}
+
+// Every row's width: what GroupedGemm takes.
+constexpr int64_t kWidthUnit = 64;
 
 BFloat16* Bf16(const Tensor& tensor) { return tensor.as<BFloat16>(); }
 
@@ -32,6 +39,14 @@ BFloat16* Bf16(const Tensor& tensor) { return tensor.as<BFloat16>(); }
 
 absl::Status CudaOps::Prepare(const OpLimits& limits, Device& device) {
   limits_ = limits;
+  const std::pair<const char*, int64_t> widths[] = {
+      {"hidden_size", limits.hidden_size},
+      {"num_heads * head_dim", int64_t{limits.num_heads} * limits.head_dim},
+      {"expert_hidden_size", limits.expert_hidden_size}};
+  for (const auto& [name, width] : widths) {
+    if (width % kWidthUnit != 0)
+      return InvalidArgument("{} is {}, on CUDA it must be a multiple of {}", name, width, kWidthUnit);
+  }
   const int64_t kv_row = 4 * int64_t{limits.num_kv_heads} * limits.head_dim;
   const int decode_rows = static_cast<int>(std::min<int64_t>(limits.max_sequences, kDecodeAttentionMaxRows));
   ASSIGN_OR_RETURN(decode_workspace_, device.Allocate(DecodeAttentionWorkspaceBytes(
@@ -43,9 +58,7 @@ absl::Status CudaOps::Prepare(const OpLimits& limits, Device& device) {
         fp8_scratch_,
         device.Allocate(std::min(kFp8ScratchTokens, limits.max_sequences * limits.max_model_len) * kv_row));
   }
-  const int64_t inner = limits.expert_hidden_size;
-  ASSIGN_OR_RETURN(compact_in_, device.Allocate(limits.max_expert_rows * limits.hidden_size * 2));
-  ASSIGN_OR_RETURN(compact_inner_, device.Allocate(limits.max_expert_rows * inner * 2));
+  ASSIGN_OR_RETURN(compact_, device.Allocate(limits.max_expert_rows * limits.hidden_size * 2));
   ASSIGN_OR_RETURN(expert_offsets_, device.Allocate((limits.local_experts + 1) * 4));
   RETURN_IF_ERROR(PreparePrefill());
   RETURN_IF_CUDA_ERROR(device_, PrepareGroupedGemm(&grouped_));
@@ -55,7 +68,7 @@ absl::Status CudaOps::Prepare(const OpLimits& limits, Device& device) {
   ASSIGN_OR_RETURN(row_offsets_, device.Allocate(std::ssize(offsets) * 4));
   RETURN_IF_CUDA_ERROR(device_,
                        cudaMemcpy(row_offsets_.data(), offsets.data(), row_offsets_.bytes(), cudaMemcpyHostToDevice));
-  return options_.deterministic ? absl::OkStatus() : TuneLinear();
+  return TuneLinear();
 }
 
 absl::Status CudaOps::PreparePrefill() {
@@ -84,16 +97,24 @@ absl::Status CudaOps::PreparePrefill() {
 }
 
 absl::Status CudaOps::TuneLinear() {
-  const int64_t max_m = std::max(limits_.max_tokens, limits_.max_logit_rows);
+  const int64_t max_m = std::max({limits_.max_tokens, limits_.max_logit_rows, limits_.max_expert_rows});
   ASSIGN_OR_RETURN(lt_gemm_, LtGemm::Create({.max_m = max_m, .tuning_file = options_.tuning_file}));
   const int64_t hidden = limits_.hidden_size, q = int64_t{limits_.num_heads} * limits_.head_dim,
                 kv = int64_t{limits_.num_kv_heads} * limits_.head_dim;
-  const auto tune = [&](int64_t n, int64_t k, DType out, int64_t most) {
-    return lt_gemm_->Tune({.n = n, .k = k, .out_dtype = out, .x_stride = k, .w_stride = k, .out_stride = n}, most);
+  const auto tune = [&](int64_t n, int64_t k, DType out, int64_t x_stride, int64_t most) {
+    return lt_gemm_->Tune({.n = n, .k = k, .out_dtype = out, .x_stride = x_stride, .w_stride = k, .out_stride = n},
+                          most);
   };
-  RETURN_IF_ERROR(tune(q + 2 * kv, hidden, DType::kBF16, limits_.max_tokens));
-  RETURN_IF_ERROR(tune(hidden, q, DType::kBF16, limits_.max_tokens));
-  RETURN_IF_ERROR(tune(limits_.vocab_size, hidden, DType::kF32, limits_.max_logit_rows));
+  RETURN_IF_ERROR(tune(limits_.vocab_size, hidden, DType::kF32, hidden, limits_.max_logit_rows));
+  if (!options_.deterministic) {
+    RETURN_IF_ERROR(tune(q + 2 * kv, hidden, DType::kBF16, hidden, limits_.max_tokens));
+    RETURN_IF_ERROR(tune(hidden, q, DType::kBF16, q, limits_.max_tokens));
+    if (limits_.local_experts == 1) {
+      const int64_t inner = limits_.expert_hidden_size, wide = inner * (limits_.gated_experts ? 2 : 1);
+      RETURN_IF_ERROR(tune(wide, hidden, DType::kBF16, hidden, limits_.max_expert_rows));
+      RETURN_IF_ERROR(tune(hidden, inner, DType::kBF16, wide, limits_.max_expert_rows));
+    }
+  }
   spdlog::info("cuda:{} matrix products: {} algorithms searched, the others known", device_, lt_gemm_->searched());
   return lt_gemm_->Save();
 }
@@ -111,32 +132,23 @@ void CudaOps::AddRmsNorm(const Tensor& residual, const Tensor& delta, const Tens
 void CudaOps::Linear(const Tensor& x, const Tensor& w, const Tensor& out, Stream& stream) {
   CHECK(x.cols == w.cols && out.cols == w.rows && x.rows == out.rows && w.stride == w.cols);
   if (x.rows == 0) return;
-  CudaStream& cuda_stream = AsCuda(stream);
-  if (!options_.deterministic) {
-    if (x.rows <= kMaxFewRows && out.dtype == DType::kBF16 && FitsTiles(w)) return FewRows(x, w, out, stream);
-    cuda_stream.Note(lt_gemm_->Run({.n = w.rows,
-                                    .k = w.cols,
-                                    .out_dtype = out.dtype,
-                                    .x_stride = x.stride,
-                                    .w_stride = w.stride,
-                                    .out_stride = out.stride},
-                                   Bf16(x), x.rows, Bf16(w), out.data, cuda_stream.get()));
-    return;
+  if (out.dtype != DType::kBF16 || (x.rows > kMaxFewRows && !options_.deterministic)) {
+    return ManyRows(x, w, out, stream);
   }
-  for (int64_t row = 0; row < x.rows; row += kMaxSkinnyRows) {
-    const int64_t rows = std::min<int64_t>(kMaxSkinnyRows, x.rows - row);
-    cuda_stream.Note(SkinnyGemm({.x = Bf16(x.Rows(row, rows)),
-                                 .x_stride = x.stride,
-                                 .m = static_cast<int>(rows),
-                                 .w = Bf16(w),
-                                 .n = w.rows,
-                                 .k = w.cols,
-                                 .out = out.Rows(row, rows).data,
-                                 .out_dtype = out.dtype,
-                                 .out_stride = out.stride},
-                                cuda_stream.get()),
-                     "SkinnyGemm");
+  for (int64_t row = 0; row < x.rows; row += kMaxFewRows) {
+    const int64_t rows = std::min(kMaxFewRows, x.rows - row);
+    FewRows(x.Rows(row, rows), w, out.Rows(row, rows), stream);
   }
+}
+
+void CudaOps::ManyRows(const Tensor& x, const Tensor& w, const Tensor& out, Stream& stream) {
+  AsCuda(stream).Note(lt_gemm_->Run({.n = w.rows,
+                                     .k = w.cols,
+                                     .out_dtype = out.dtype,
+                                     .x_stride = x.stride,
+                                     .w_stride = w.stride,
+                                     .out_stride = out.stride},
+                                    Bf16(x), x.rows, Bf16(w), out.data, AsCuda(stream).get()));
 }
 
 void CudaOps::FewRows(const Tensor& x, const Tensor& w, const Tensor& out, Stream& stream) {
@@ -154,7 +166,8 @@ void CudaOps::FewRows(const Tensor& x, const Tensor& w, const Tensor& out, Strea
                                    .out_stride = out.stride,
                                    .row_capacity = x.rows,
                                    .expected_rows = x.rows,
-                                   .workspace = grouped_workspace_.data()},
+                                   .workspace = grouped_workspace_.data(),
+                                   .tiling = {.max_splits = options_.deterministic ? 1 : 0}},
                                   AsCuda(stream).get()),
                       "GroupedGemm");
 }
@@ -175,12 +188,14 @@ void CudaOps::PagedAttention(const AttentionArgs& args, Stream& stream) {
   if (decodes < args.num_sequences) AsCuda(stream).Note(prefill_attention_->Run(args, decodes, AsCuda(stream).get()));
 }
 
+// Lengths and tables are of the step's plan, which is copied in before the first kernel.
 void CudaOps::DecodeRows(const AttentionArgs& args, int first, int rows, Stream& stream) {
   AsCuda(stream).Note(DecodeAttention({.q = Bf16(args.q.Rows(first, rows)),
                                        .q_stride = args.q.stride,
                                        .kv = args.kv,
                                        .kv_lens = args.seq_lens + first,
                                        .block_tables = args.block_tables + int64_t{first} * args.max_blocks,
+                                       .early_tables = true,
                                        .max_blocks = args.max_blocks,
                                        .max_len = args.max_seq_len,
                                        .num_rows = rows,
@@ -206,81 +221,67 @@ void CudaOps::DispatchRows(const DispatchRowsArgs& args, Stream& stream) {
 
 void CudaOps::ExpertMlp(const ExpertMlpArgs& args, Stream& stream) {
   if (args.num_groups == 0 || args.x.rows == 0) return;
-  if (options_.deterministic || !FitsTiles(args.w_in[0]) || !FitsTiles(args.w_out[0])) {
-    SkinnyExpertMlp(args, stream);
-  } else {
-    GroupedExpertMlp(args, stream);
-  }
-}
-
-void CudaOps::SkinnyExpertMlp(const ExpertMlpArgs& args, Stream& stream) {
-  CHECK_LE(args.num_experts, kMaxSkinnyExperts);
-  const BFloat16* weights[kMaxSkinnyExperts];
-  const bool gated = args.activation == Activation::kSiluGated;
-  const auto half = [&](const Tensor* w, const Tensor& from, const Tensor& to, SkinnyEpilogue epilogue, bool second) {
-    for (int e = 0; e < args.num_experts; ++e) weights[e] = Bf16(w[e]);
-    AsCuda(stream).Note(SkinnyExperts({.x = Bf16(from),
-                                       .x_stride = from.stride,
-                                       .groups = args.groups,
-                                       .num_groups = args.num_groups,
-                                       .w = weights,
-                                       .num_experts = args.num_experts,
-                                       .n = w[0].rows,
-                                       .k = w[0].cols,
-                                       .epilogue = epilogue,
-                                       .out = Bf16(to),
-                                       .out_stride = to.stride,
-                                       .expected_rows = static_cast<int>(args.expected_rows / args.num_experts),
-                                       .follows_same_groups = second},
-                                      AsCuda(stream).get()),
-                        "SkinnyExperts");
-  };
-  const Tensor inner = args.scratch.Cols(0, args.w_out[0].cols);
-  half(args.w_in, args.x, inner, gated ? SkinnyEpilogue::kSiluGated : SkinnyEpilogue::kGelu, false);
-  half(args.w_out, inner, args.out, SkinnyEpilogue::kNone, true);
-}
-
-// Dense rows, two products, rows back to where they came from.
-void CudaOps::GroupedExpertMlp(const ExpertMlpArgs& args, Stream& stream) {
-  const cudaStream_t cuda_stream = AsCuda(stream).get();
-  const int64_t rows = args.x.rows, hidden = args.x.cols, inner = args.w_out[0].cols;
-  CHECK_LE(rows, limits_.max_expert_rows);
+  CHECK_LE(args.x.rows, limits_.max_expert_rows);
   CHECK_LE(args.num_experts, kMaxGroupedExperts);
-  const Tensor dense = compact_in_.View<BFloat16>(rows, hidden), middle = compact_inner_.View<BFloat16>(rows, inner);
+  const cudaStream_t cuda_stream = AsCuda(stream).get();
+  const Tensor inner = args.scratch.Rows(0, args.x.rows).Cols(0, args.w_out[0].cols);
+  if (args.row_offsets != nullptr) {
+    if (args.num_experts == 1 && args.x.rows > kMaxGroupedRows && !options_.deterministic)
+      return OneExpert(args, stream);
+    Grouped(args.x, args.w_in, inner, args, args.row_offsets, ActivationOf(args.activation), stream);
+    Grouped(inner, args.w_out, args.out, args, args.row_offsets, GroupedActivation::kNone, stream);
+    return;
+  }
+  // Rows without gaps, and back to where they came from.
   auto* offsets = static_cast<int32_t*>(expert_offsets_.data());
   CompactRowsArgs compact = {.sparse = args.x,
                              .groups = args.groups,
                              .num_groups = args.num_groups,
                              .num_experts = args.num_experts,
-                             .dense = dense,
+                             .dense = compact_.View<BFloat16>(args.x.rows, args.x.cols),
                              .row_offsets = offsets};
   AsCuda(stream).Note(CompactRows(compact, cuda_stream), "CompactRows");
-  const BFloat16* weights[kMaxGroupedExperts];
-  const auto product = [&](const Tensor& from, const Tensor* w, const Tensor& to, GroupedActivation activation) {
-    for (int e = 0; e < args.num_experts; ++e) weights[e] = Bf16(w[e]);
-    AsCuda(stream).Note(GroupedGemm(grouped_,
-                                    {.x = Bf16(from),
-                                     .x_stride = from.stride,
-                                     .offsets = offsets,
-                                     .num_experts = args.num_experts,
-                                     .w = weights,
-                                     .w_stride = w[0].stride,
-                                     .n = to.cols,
-                                     .k = from.cols,
-                                     .activation = activation,
-                                     .out = Bf16(to),
-                                     .out_stride = to.stride,
-                                     .row_capacity = rows,
-                                     .expected_rows = args.expected_rows,
-                                     .workspace = grouped_workspace_.data()},
-                                    cuda_stream),
-                        "GroupedGemm");
-  };
-  product(dense, args.w_in, middle,
-          args.activation == Activation::kSiluGated ? GroupedActivation::kSiluGated : GroupedActivation::kGelu);
-  product(middle, args.w_out, dense, GroupedActivation::kNone);
+  Grouped(compact.dense, args.w_in, inner, args, offsets, ActivationOf(args.activation), stream);
+  Grouped(inner, args.w_out, compact.dense, args, offsets, GroupedActivation::kNone, stream);
   compact.sparse = args.out;
   AsCuda(stream).Note(ExpandRows(compact, cuda_stream), "ExpandRows");
+}
+
+// Every row is the one expert's: what lies behind the last valid row is computed too and read by nobody.
+void CudaOps::OneExpert(const ExpertMlpArgs& args, Stream& stream) {
+  const Tensor wide = args.scratch.Rows(0, args.x.rows);
+  const Tensor inner = wide.Cols(0, args.w_out[0].cols);
+  ManyRows(args.x, args.w_in[0], wide, stream);
+  const cudaError_t error = args.activation == Activation::kSiluGated
+                                ? SiluGateRows(wide, {}, inner, AsCuda(stream).get())
+                                : GeluRows(wide, {}, inner, AsCuda(stream).get());
+  AsCuda(stream).Note(error, "activation of expert rows");
+  ManyRows(inner, args.w_out[0], args.out, stream);
+}
+
+// to = activation(from * w[e]^T) for the rows of each expert.
+void CudaOps::Grouped(const Tensor& from, const Tensor* w, const Tensor& to, const ExpertMlpArgs& args,
+                      const int32_t* offsets, GroupedActivation activation, Stream& stream) {
+  const BFloat16* weights[kMaxGroupedExperts];
+  for (int e = 0; e < args.num_experts; ++e) weights[e] = Bf16(w[e]);
+  AsCuda(stream).Note(GroupedGemm(grouped_,
+                                  {.x = Bf16(from),
+                                   .x_stride = from.stride,
+                                   .offsets = offsets,
+                                   .num_experts = args.num_experts,
+                                   .w = weights,
+                                   .w_stride = w[0].stride,
+                                   .n = to.cols,
+                                   .k = from.cols,
+                                   .activation = activation,
+                                   .out = Bf16(to),
+                                   .out_stride = to.stride,
+                                   .row_capacity = from.rows,
+                                   .expected_rows = args.expected_rows,
+                                   .workspace = grouped_workspace_.data(),
+                                   .tiling = {.max_splits = options_.deterministic ? 1 : 0}},
+                                  AsCuda(stream).get()),
+                      "GroupedGemm");
 }
 
 void CudaOps::CombineRows(const CombineRowsArgs& args, Stream& stream) {
@@ -289,6 +290,10 @@ void CudaOps::CombineRows(const CombineRowsArgs& args, Stream& stream) {
 
 void CudaOps::GatherRows(const Tensor& x, const int32_t* rows, const Tensor& out, Stream& stream) {
   AsCuda(stream).Note(cuda::GatherRows(x, rows, out, AsCuda(stream).get()), "GatherRows");
+}
+
+void CudaOps::CopyBytes(void* dst, const void* src, int64_t bytes, Stream& stream) {
+  AsCuda(stream).Note(cuda::CopyBytes(dst, src, bytes, AsCuda(stream).get()), "CopyBytes");
 }
 
 void CudaOps::FillUniform(uint64_t key, float scale, int64_t first_row, const Tensor& out, Stream& stream) {

@@ -38,6 +38,7 @@ class CudaOps final : public Ops {
   void ExpertMlp(const ExpertMlpArgs& args, Stream& stream) override;
   void CombineRows(const CombineRowsArgs& args, Stream& stream) override;
   void GatherRows(const Tensor& x, const int32_t* rows, const Tensor& out, Stream& stream) override;
+  void CopyBytes(void* dst, const void* src, int64_t bytes, Stream& stream) override;
   void FillUniform(uint64_t key, float scale, int64_t first_row, const Tensor& out, Stream& stream) override;
   void Sample(const SampleArgs& args, Stream& stream) override;
 
@@ -47,10 +48,12 @@ class CudaOps final : public Ops {
   absl::Status PreparePrefill();
   // Rows [first, first + rows), each a sequence.
   void DecodeRows(const AttentionArgs& args, int first, int rows, Stream& stream);
-  // out = x * w^T by GroupedGemm, the rows as those of one expert.
+  // out = x * w^T, by GroupedGemm (up to kMaxFewRows, as those of one expert) and by cuBLASLt.
   void FewRows(const Tensor& x, const Tensor& w, const Tensor& out, Stream& stream);
-  void SkinnyExpertMlp(const ExpertMlpArgs& args, Stream& stream);
-  void GroupedExpertMlp(const ExpertMlpArgs& args, Stream& stream);
+  void ManyRows(const Tensor& x, const Tensor& w, const Tensor& out, Stream& stream);
+  void OneExpert(const ExpertMlpArgs& args, Stream& stream);
+  void Grouped(const Tensor& from, const Tensor* w, const Tensor& to, const ExpertMlpArgs& args, const int32_t* offsets,
+               GroupedActivation activation, Stream& stream);
 
   const int device_;
   const DeviceOptions options_;
@@ -61,8 +64,7 @@ class CudaOps final : public Ops {
   Buffer decode_workspace_;  // zeroed once: see DecodeAttention
   Buffer dispatch_scratch_;
   Buffer fp8_scratch_;        // see PrefillOptions
-  Buffer compact_in_;         // act [max_expert_rows, hidden]: GroupedExpertMlp
-  Buffer compact_inner_;      // act [max_expert_rows, expert_hidden * 2 if gated]
+  Buffer compact_;            // act [max_expert_rows, hidden]: expert rows without gaps
   Buffer expert_offsets_;     // I32 [local_experts + 1]
   Buffer grouped_workspace_;  // zeroed once: see GroupedGemm
   Buffer row_offsets_;        // I32 [kMaxFewRows + 1, 2]: {0, m} for m rows

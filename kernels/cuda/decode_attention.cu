@@ -29,7 +29,7 @@ bool Valid(const DecodeAttentionArgs& args) {
 
 int64_t DecodeAttentionWorkspaceBytes(int max_rows, int64_t max_len, int num_heads, int head_dim) {
   return decode::kCounterBytes + decode::kTicketBytes +
-         int64_t{max_rows} * num_heads * decode::MaxChunks(max_len, decode::kMinChunkKeys) * (head_dim + 2) * 4;
+         int64_t{max_rows} * num_heads * decode::MaxChunks(max_len, decode::kChunkKeys) * (head_dim + 2) * 4;
 }
 
 cudaError_t DecodeAttention(const DecodeAttentionArgs& args, cudaStream_t stream) {
@@ -44,7 +44,7 @@ cudaError_t DecodeAttention(const DecodeAttentionArgs& args, cudaStream_t stream
   const auto launch = [&](auto fp8, auto dim) {
     const auto kernel = group <= 8 ? decode::LaunchTensorCores<fp8.value, dim.value, 1>
                                    : decode::LaunchTensorCores<fp8.value, dim.value, 2>;
-    return kernel(args, decode::ChooseTuning(head_dim * static_cast<int>(DTypeBytes(args.kv.dtype)), group), stream);
+    return kernel(args, decode::Tuning(), stream);
   };
   constexpr std::integral_constant<int, 64> k64;
   constexpr std::integral_constant<int, 128> k128;

@@ -5,11 +5,11 @@
 // with kv(h) = h / (num_heads / num_kv_heads) and j in [max(0, kv_lens[i] - window), kv_lens[i]). Sums in float32; the
 // probabilities are rounded to bfloat16 (FP8 cache: to half) before they meet the values.
 //
-// A row's keys are cut into chunks at multiples of a chunk size that depends on the number of keys that it sees and on
-// the shapes alone. A work item is one chunk of one (row, kv head); the items of all rows are dealt out to a grid that
-// fills the device once, so that uneven lengths balance. Chunks of one pair meet in the workspace and are merged in
-// order by whichever block finishes the pair. Hence a row's bits depend on its own q, keys, length, window and scale,
-// never on the other rows or the grid.
+// A row's keys are cut into chunks at multiples of a chunk size that depends on the number of keys that it sees alone.
+// A work item is one chunk of one (row, kv head); the items of all rows are dealt out to a grid that fills the device
+// once, so that uneven lengths balance. Chunks of one pair meet in the workspace and are merged in order by whichever
+// block finishes the pair. Hence a row's bits depend on its own q, keys, length, window and scale, never on the other
+// rows or the grid.
 #ifndef SOLOIST_KERNELS_CUDA_DECODE_ATTENTION_H_
 #define SOLOIST_KERNELS_CUDA_DECODE_ATTENTION_H_
 

@@ -100,7 +100,7 @@ class Finisher {
   __device__ __forceinline__ void ClearEmptyRows() const {
     const int columns = p_.kv_heads * p_.group * kHeadDim;
     for (int row = blockIdx.x; row < p_.num_rows; row += gridDim.x) {
-      if (min(__ldcg(p_.kv_lens + row), p_.max_len) > 0) continue;
+      if (__ldcg(p_.kv_lens + row) > 0) continue;
       for (int c = thread_ * 8; c < columns; c += kFinishers * 8) {
         *reinterpret_cast<uint4*>(p_.out + row * p_.out_stride + c) = make_uint4(0, 0, 0, 0);
       }

@@ -14,8 +14,7 @@ constexpr int kFinisherWarps = 2;  // make results of the consumers' sums
 constexpr int kConsumers = 32 * kConsumerWarps;
 constexpr int kFinishers = 32 * kFinisherWarps;
 constexpr int kThreads = kConsumers + kFinishers + 32;  // and one warp that feeds the pipeline
-constexpr int kMinChunkKeys = 512;                      // of a row of several chunks
-constexpr int kSingleChunkKeys = 1024;                  // a row that sees no more keys is not cut
+constexpr int kChunkKeys = 512;                         // of a row that needs no more than kMaxChunks of them
 constexpr int kMaxChunks = 64;                          // of one row
 constexpr int kMaxGroup = 16;                           // heads per kv head
 constexpr int kMaxPairs = 1 << 16;                      // rows * kv heads
@@ -25,10 +24,8 @@ __host__ __device__ constexpr int TileKeys(int head_dim, int element_bytes) {
   return head_dim * element_bytes > 128 ? 64 : 128;
 }
 
-// Chunk size of a row that sees `keys` keys, where long rows have chunks of at least chunk_keys; they then touch at
-// most kMaxChunks chunks, wherever they begin.
+// Chunk size of a row that sees `keys` keys; they then touch at most kMaxChunks chunks, wherever they begin.
 __host__ __device__ inline int64_t ChunkKeys(int64_t keys, int64_t chunk_keys) {
-  if (keys <= kSingleChunkKeys) return kSingleChunkKeys;
   while (keys > chunk_keys * (kMaxChunks - 1)) chunk_keys *= 2;
   return chunk_keys;
 }
@@ -65,6 +62,7 @@ struct Params {
   int max_chunks;
   int stages;
   bool early_tables;
+  bool prefetch;     // with early_tables
   float scale_log2;  // scale * log2(e)
 };
 

@@ -48,10 +48,10 @@ struct Consumer {
   // Byte offset in a tile of the 16 bytes that this lane names to the n-th matrix load: key `row`, 16-byte piece
   // 2n + odd, swizzled by the copy engine.
   __device__ __forceinline__ uint32_t Offset(int row, int odd, int n) const {
-    constexpr int kPieces = kRowBytes / 16;
-    const int part = 2 * n / kPieces;
+    const int piece = 2 * n + odd;
+    const int part = piece / (kRowBytes / 16);
     const int swizzle = kRowBytes == 128 ? lane & 7 : (lane >> 1) & 3;
-    return part * kTileKeys * kRowBytes + row * kRowBytes + (((2 * n % kPieces) ^ (odd ^ swizzle)) << 4);
+    return part * kTileKeys * kRowBytes + row * kRowBytes + (((piece % (kRowBytes / 16)) ^ swizzle) << 4);
   }
 
   // q_rows: [group, kHeadDim] in shared memory.
@@ -343,7 +343,7 @@ __global__ __launch_bounds__(kThreads,
     Producer<kHeadDim, kFp8 ? 1 : 2> producer(p, layout, shared);
     if (p.early_tables) {
       producer.Plan();
-      producer.Prefetch();
+      if (p.prefetch) producer.Prefetch();
       PdlWait();
     } else {
       PdlWait();

@@ -11,19 +11,15 @@
 
 namespace soloist::cuda::decode {
 
+// Blocks per multiprocessor, stages of a block's ring (fewer where they would not fit), keys of a chunk. Found by
+// measurement: 64 to 128 KB on their way per multiprocessor are enough; more only lengthens the queue in which
+// everything else waits.
 struct Tuning {
-  int blocks_per_sm;
-  int max_stages;  // of a block's ring; fewer where they would not fit
-  int chunk_keys;
+  int blocks_per_sm = 1;
+  int max_stages = 3;
+  int chunk_keys = kChunkKeys;
+  bool prefetch = true;  // the first keys, into the L2 cache; with early_tables
 };
-
-// Found by measurement. 64 to 128 KB on their way per multiprocessor are enough; more only lengthens the queue in which
-// everything else waits. Rows of up to 128 bytes keep the consumers busier, which then takes two blocks. Chunks are as
-// large as one long row alone can bear; the results of a group of heads are that much more work for the finishers.
-constexpr Tuning ChooseTuning(int row_bytes, int group) {
-  if (row_bytes <= 128) return {2, 2, 2 * kMinChunkKeys};
-  return {1, 3, group < 4 ? kMinChunkKeys : 2 * kMinChunkKeys};
-}
 
 // Workspace: the counters, tickets for the most pairs there can be, so that they lie in the same place in every call,
 // then the partial sums.
@@ -89,6 +85,7 @@ cudaError_t LaunchTensorCores(const DecodeAttentionArgs& args, const Tuning& tun
   p.block_shift = std::countr_zero(static_cast<unsigned>(args.kv.block_size));
   p.window = args.sliding_window;
   p.early_tables = args.early_tables;
+  p.prefetch = tuning.prefetch;
   p.chunk_keys = tuning.chunk_keys;
   p.max_chunks = MaxChunks(args.max_len, tuning.chunk_keys);
   p.scale_log2 = args.scale * static_cast<float>(M_LOG2E);
@@ -105,8 +102,7 @@ cudaError_t LaunchTensorCores(const DecodeAttentionArgs& args, const Tuning& tun
   cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
   cudaDeviceGetAttribute(&sm_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
   cudaDeviceGetAttribute(&block_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  // So that the next kernel's blocks fit beside this one's; 1 KB of each is the system's.
-  const int budget = std::min(block_bytes, sm_bytes / 2 - 1024);
+  const int budget = std::min(block_bytes, sm_bytes / tuning.blocks_per_sm - 1024);  // 1 KB is the system's
   const auto bytes = [&](int stages) {
     return SharedLayout(stages, p.group, kHeadDim, kFp8 ? 1 : 2, p.num_rows).total;
   };

@@ -116,6 +116,10 @@ __device__ __forceinline__ void WriteCounts(const DispatchParams& params, const 
       params.begins[e] = params.base != nullptr ? static_cast<int32_t>(params.base[e]) : begins[e];
     }
   }
+  if (params.begins != nullptr && params.base == nullptr && threadIdx.x == 0) {
+    const int32_t last = params.order[params.num_experts - 1];
+    params.begins[params.num_experts] = begins[last] + counts[last];
+  }
   for (int i = static_cast<int>(threadIdx.x); i < params.num_headers * params.num_experts;
        i += static_cast<int>(blockDim.x)) {
     const int header = i / params.num_experts;

@@ -23,14 +23,17 @@ enum class GroupedActivation : uint8_t {
   kSiluGated,  // silu(g) * u: w has the n gate rows, then the n up rows
 };
 
-// How the work is cut. Zeros: chosen from expected_rows. row_tile, multicast and raster change no bits. The parts of k
-// do: the device takes as many (1, 2, 4, 8; up to max_splits) as the rows that came leave room for. max_splits 1 keeps
-// a row's bits independent of all other rows.
+// How the work is cut. Zeros: chosen from expected_rows. Only the parts of k change bits: the device takes as many (1,
+// 2, 4, 8; up to max_splits) as the rows that came leave room for. max_splits 1 keeps a row's bits independent of all
+// other rows.
 struct GroupedTiling {
   int row_tile = 0;    // rows of a tile: 64, 128, 192 or 256
   int multicast = 0;   // neighbouring tiles of weights that share one read of the rows: 1 or 2
   int max_splits = 0;  // most parts of k, each on blocks of its own: 1, 2, 4 or 8
   int raster = 0;      // tiles of weights (in units of multicast) that run beside each other before the next rows
+  // That there is room for, of successive kernels: 1, or 2 with row_tile 64. The grid has one per SM; with 2, a kernel
+  // fills its stages beside the one before.
+  int blocks_per_sm = 0;
 };
 
 // What GroupedGemm knows of a device. Filled once by PrepareGroupedGemm.
@@ -52,8 +55,9 @@ struct GroupedGemmArgs {
   int64_t n = 0;                       // columns of out, multiple of 16
   int64_t k = 0;                       // multiple of 64
   GroupedActivation activation = GroupedActivation::kNone;
-  BFloat16* out = nullptr;  // [row_capacity, n], 16-byte aligned; rows of no expert are not written
-  int64_t out_stride = 0;   // elements, multiple of 8
+  DType out_dtype = DType::kBF16;  // or kF32 with kNone
+  void* out = nullptr;             // [row_capacity, n], 16-byte aligned; rows of no expert are not written
+  int64_t out_stride = 0;          // elements, multiple of 8
   int64_t row_capacity = 0;
   int64_t expected_rows = 0;  // of all experts together, as far as the host knows
   void* workspace = nullptr;  // GroupedGemmWorkspaceBytes, zeroed once; calls that share it run one after the other
@@ -68,7 +72,7 @@ int64_t GroupedGemmWorkspaceBytes(const GroupedGemmDevice& device);
 // What GroupedGemm uses for the zeros of args.tiling.
 GroupedTiling ChooseGroupedTiling(const GroupedGemmDevice& device, const GroupedGemmArgs& args);
 
-// out[i, :] = activation(x[i, :] * w[e]^T) for the rows i of each expert e. f32 sums, rounded to bf16 once.
+// out[i, :] = activation(x[i, :] * w[e]^T) for the rows i of each expert e. f32 sums, rounded to out_dtype once.
 // Bytes: each w[e] that has rows, once per 256 of its rows or fewer; 2 * rows * n * k FLOP (twice that if gated).
 // cudaErrorInvalidValue where a condition above is broken. May be captured in a graph.
 cudaError_t GroupedGemm(const GroupedGemmDevice& device, const GroupedGemmArgs& args, cudaStream_t stream);

@@ -3,15 +3,21 @@
 // A unit of work is (expert e, row tile r, `multicast` neighbouring weight tiles); a cluster of `multicast` blocks
 // computes it, each block one weight tile: 128 rows of w[e]. As the operands are swapped, a block's product is [128
 // weight rows, up to 256 rows of x], whose transpose goes to out.
-//   warp group 0   producer: its first thread issues the copies of 64-column blocks of k into a ring of stages
-//   warp groups 1, 2   consumers: 64 weight rows each, wgmma m64nNk16, N = rows of the tile rounded up to 64
+//   warp groups 0, 1   consumers: 64 weight rows each, wgmma m64nNk16, N = rows of the tile rounded up to 64
+//   after them         producer: its first thread issues the copies of 64-column blocks of k into a ring of stages
 // Each block reads its weights itself; each block of a cluster reads a share of the x rows and sends it to all.
 // Units are dealt round-robin to the resident clusters. If there are so few that `splits` clusters can share each one,
 // they do: each takes a part of k, writes its sums to `partials` and finishes a share of the rows, adding the parts in
-// order. Launch: 384 threads, about 215 KB of shared memory, at most one block per SM, all of them resident.
+// order. Launch: see GroupedVariant; one block per SM, all of them resident.
+//
+// Weights are read through one five-dimensional tensor map for all experts: {64 columns, start, 8 rows, 2 halves,
+// groups}, where `start` counts 128-byte steps from the lowest w[e], so that it names both the expert and the block of
+// k. The halves of a group are rows 0-7 and 8-15 of 16 consecutive ones or, gated, 8 gate rows and the 8 up rows of the
+// same columns: a thread then holds a gate and its up in registers 4j + {0, 1} and 4j + {2, 3}.
 #ifndef SOLOIST_KERNELS_CUDA_GROUPED_GEMM_KERNEL_CUH_
 #define SOLOIST_KERNELS_CUDA_GROUPED_GEMM_KERNEL_CUH_
 
+#include "kernels/cuda/grouped_gemm_epilogue.cuh"
 #include "kernels/cuda/grouped_gemm_ptx.cuh"
 #include "kernels/cuda/grouped_gemm_units.cuh"
 #include "kernels/cuda/launch.cuh"
@@ -28,40 +34,6 @@ struct Ring {
       parity ^= 1;
     }
   }
-};
-
-// 0.5 x (1 + erf(x / sqrt 2)) = max(x, 0) - |x| exp(-x^2 / 2) q(|x|) with q(t) = exp(t^2 / 2) erfc(t / sqrt 2) / 2,
-// here a polynomial on [0, 6]. Within 1e-4 of the value (of 1e-5 below x = -4.5), a twentieth of bf16's rounding; erff
-// takes half as long again.
-__device__ __forceinline__ float Gelu(float x) {
-  const float t = fminf(fabsf(x), 6.0f);
-  float q = -7.040954641e-7f;
-  q = fmaf(q, t, 2.211341688e-5f);
-  q = fmaf(q, t, -3.040807206e-4f);
-  q = fmaf(q, t, 2.423126875e-3f);
-  q = fmaf(q, t, -1.254093087e-2f);
-  q = fmaf(q, t, 4.512734260e-2f);
-  q = fmaf(q, t, -1.193526861e-1f);
-  q = fmaf(q, t, 2.441356241e-1f);
-  q = fmaf(q, t, -3.978910329e-1f);
-  q = fmaf(q, t, 4.999661087e-1f);
-  const float density = ptx::Exp2(x * -0.72134752f * x);
-  return fmaf(-fabsf(x) * density, q, fmaxf(x, 0.0f));
-}
-__device__ __forceinline__ float SiluGate(float g, float u) { return __fdividef(g, 1.0f + __expf(-g)) * u; }
-
-// What a consumer thread needs to know.
-struct Consumer {
-  uint32_t stages_at;  // shared memory
-  uint32_t full_at;
-  uint32_t empty_at;
-  uint32_t staging_at;
-  uint32_t stage_bytes;
-  const CUtensorMap* out_map;
-  int group;   // 0, 1
-  int thread;  // of the group
-  int warp;
-  int lane;
 };
 
 // acc = the block's product over `blocks` blocks of k.
@@ -94,86 +66,17 @@ __device__ __forceinline__ void Multiply(const GroupedKernelParams& params, cons
   release(previous);
 }
 
-// Puts 16 x rows (columns of the product; v: this thread's part) into place `slot` (0 to 3) of a staging area. Its rows
-// have 128 bytes (64 if gated) and the copy engine's swizzle of that width, which keeps 8 of them on distinct banks.
-template <GroupedActivation kActivation>
-__device__ __forceinline__ void StageRows(const Consumer& me, uint32_t staging_at, int slot, const float* v) {
-  const int i = me.lane & 7;
-  if constexpr (kActivation == GroupedActivation::kSiluGated) {
-    const int row = slot * 16 + ((me.lane >> 3) & 1) * 8 + i;
-    ptx::StoreTransposed2(staging_at + row * 64 + ((me.warp ^ (row >> 1)) & 3) * 16,
-                          ptx::Pack(SiluGate(v[0], v[2]), SiluGate(v[1], v[3])),
-                          ptx::Pack(SiluGate(v[4], v[6]), SiluGate(v[5], v[7])));
-  } else {
-    float y[8];
-#pragma unroll
-    for (int c = 0; c < 8; ++c) y[c] = kActivation == GroupedActivation::kGelu ? Gelu(v[c]) : v[c];
-    const int matrix = me.lane >> 3;
-    const int row = slot * 16 + (matrix >> 1) * 8 + i;
-    ptx::StoreTransposed4(staging_at + row * 128 + ((me.warp * 2 + (matrix & 1)) ^ i) * 16, ptx::Pack(y[0], y[1]),
-                          ptx::Pack(y[2], y[3]), ptx::Pack(y[4], y[5]), ptx::Pack(y[6], y[7]));
-  }
-}
-
-// Writes the staged rows, the first of which is x row `first` of the unit, to out, all but those past the unit's last
-// and the columns past out's. `column`: the group's first. Between two GroupSync.
-template <GroupedActivation kActivation>
-__device__ __forceinline__ void StoreRows(const GroupedKernelParams& params, const Consumer& me, const UnitCursor& unit,
-                                          uint32_t staging_at, int column, int first, int count) {
-  constexpr bool kGated = kActivation == GroupedActivation::kSiluGated;
-  constexpr int kPieces = kGated ? 4 : 8;  // of 16 bytes, in a row
-  for (int index = me.thread; index < count * kPieces; index += 128) {
-    const int row = index / kPieces;
-    const int piece = index % kPieces;
-    const int swizzled = kGated ? (piece ^ (row >> 1)) & 3 : piece ^ (row & 7);
-    if (first + row < unit.rows && column + piece * 8 < params.columns) {
-      const uint4 v = ptx::LoadShared16(staging_at + row * (kPieces * 16) + swizzled * 16);
-      *reinterpret_cast<uint4*>(params.out + (unit.row_begin + first + row) * params.out_stride + column + piece * 8) =
-          v;
-    }
-  }
-}
-
-// Rounds a whole product and writes it to out, 64 rows at a time: the copy engine where all of them are the expert's.
-template <GroupedActivation kActivation, int N>
-__device__ __forceinline__ void StoreProduct(const GroupedKernelParams& params, const Consumer& me,
-                                             const UnitCursor& unit, int column, const float (&acc)[128]) {
-#pragma unroll
-  for (int chunk = 0; chunk < N / 64; ++chunk) {
-    const uint32_t at = me.staging_at + (params.staging_buffers == 2 ? (chunk & 1) * kGroupedStagingBytes : 0);
-    if (me.thread == 0) {
-      // The last store from this area has read it.
-      if (params.staging_buffers == 2) {
-        ptx::StoreWaitRead<1>();
-      } else {
-        ptx::StoreWaitRead<0>();
-      }
-    }
-    ptx::GroupSync(1 + me.group, 128);
-#pragma unroll
-    for (int slot = 0; slot < 4; ++slot) StageRows<kActivation>(me, at, slot, acc + chunk * 32 + slot * 8);
-    ptx::ProxyFence();
-    ptx::GroupSync(1 + me.group, 128);
-    const bool whole = chunk * 64 + 64 <= unit.rows;
-    if (me.thread == 0) {
-      if (whole) ptx::Store2d(me.out_map, at, column, unit.row_begin + chunk * 64);
-      ptx::StoreCommit();
-    }
-    if (!whole) StoreRows<kActivation>(params, me, unit, at, column, chunk * 64, 64);
-  }
-}
-
 // One unit, or this block's part of it, with N columns of the product. `last`: the block has no other unit after it.
-template <GroupedActivation kActivation, int N>
+template <typename Variant, int N>
 __device__ __forceinline__ void ComputeUnit(const GroupedKernelParams& params, const Consumer& me, Ring& ring,
                                             const UnitCursor& unit, int column, int blocks, const GroupedSplit& split,
                                             bool last) {
-  constexpr int kConsumers = 256;
+  constexpr int kConsumers = kGroupedConsumers;
   constexpr int kGroups = N / 8;  // of x rows
   float acc[128];
   Multiply<N>(params, me, ring, blocks, acc);
   if (!last) {
-    StoreProduct<kActivation, N>(params, me, unit, column, acc);
+    StoreProduct<Variant, N>(params, me, unit, column, acc);
     return;
   }
   // Part p finishes the groups of x rows [p * share, (p + 1) * share): its own sums of those go to shared memory (the
@@ -215,8 +118,9 @@ __device__ __forceinline__ void ComputeUnit(const GroupedKernelParams& params, c
   ptx::GroupSync(1 + me.group, 128);
 #pragma unroll 1
   for (int j = own_begin; j < own_end; j += 2) {
-    float sum[8] = {};
-#pragma unroll 4
+    float sum[8];
+    for (float& value : sum) value = -0.0f;  // the zero that changes no bit of what is added
+#pragma unroll(Variant::kMaxRows == 64 ? 2 : 4)
     for (int s = 0; s < split.count; ++s) {
       const float4* const from = received + s * split.block_stride * kGroupedPartials + j * kConsumers;
       const bool own = s == split.index;
@@ -225,27 +129,32 @@ __device__ __forceinline__ void ComputeUnit(const GroupedKernelParams& params, c
       sum[0] += a.x, sum[1] += a.y, sum[2] += a.z, sum[3] += a.w;
       sum[4] += b.x, sum[5] += b.y, sum[6] += b.z, sum[7] += b.w;
     }
-    const int place = (j - own_begin) / 2;
-    StageRows<kActivation>(me, me.staging_at, place % 4, sum);
-    if (place % 4 == 3 || j + 2 == own_end) {
-      ptx::GroupSync(1 + me.group, 128);
-      StoreRows<kActivation>(params, me, unit, me.staging_at, column, (own_begin + place / 4 * 8) * 8,
-                             (place % 4 + 1) * 16);
-      ptx::GroupSync(1 + me.group, 128);
+    if constexpr (Variant::kFloat) {
+      StoreFloats(params, me, unit, column, j * 8, sum);
+    } else {
+      constexpr int kSlots = Variant::kChunkRows / 16;
+      const int place = (j - own_begin) / 2;
+      const int slot = place % kSlots;
+      StageRows<Variant>(me, me.staging_at, slot, sum);
+      if (slot == kSlots - 1 || j + 2 == own_end) {
+        ptx::GroupSync(1 + me.group, 128);
+        StoreRows<Variant>(params, me, unit, me.staging_at, column, own_begin * 8 + (place - slot) * 16,
+                           (slot + 1) * 16);
+        ptx::GroupSync(1 + me.group, 128);
+      }
     }
   }
 }
 
-template <GroupedActivation kActivation>
-__global__ void __launch_bounds__(kGroupedThreads, 1)
+template <typename Variant>
+__global__ void __launch_bounds__(Variant::kThreads, Variant::kBlocksPerSm)
     GroupedGemmKernel(const __grid_constant__ CUtensorMap w_map, const __grid_constant__ CUtensorMap x_map,
                       const __grid_constant__ CUtensorMap out_map, const __grid_constant__ GroupedKernelParams params) {
   extern __shared__ __align__(1024) uint8_t memory[];
-  constexpr bool kGated = kActivation == GroupedActivation::kSiluGated;
   const uint32_t stage_bytes = kGroupedWeightBytes + params.row_tile * 128;
   const uint32_t stages_at = ptx::SharedAddress(memory);
   const uint32_t staging_at = stages_at + params.stages * stage_bytes;
-  const uint32_t staging_bytes = params.staging_buffers * kGroupedStagingBytes;
+  const uint32_t staging_bytes = params.staging_buffers * Variant::kStagingBytes;
   GroupedShared& shared = *reinterpret_cast<GroupedShared*>(memory + params.stages * stage_bytes + 2 * staging_bytes);
   const uint32_t full_at = ptx::SharedAddress(shared.full);
   const uint32_t empty_at = ptx::SharedAddress(shared.empty);
@@ -339,9 +248,9 @@ __global__ void __launch_bounds__(kGroupedThreads, 1)
   const int step = split.count > 1 ? units : num_clusters;
   UnitCursor unit(params, shared);
   Ring ring;
-  if (warp < 4) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    if (threadIdx.x == 0) {
+  if (warp >= kGroupedConsumers / 32) {
+    if constexpr (Variant::kBlocksPerSm == 1) ptx::ShrinkRegisters<40>();
+    if (threadIdx.x == kGroupedConsumers) {
       const uint16_t everyone = (1 << params.multicast) - 1;
       const uint32_t box_bytes = params.x_box_rows * 128;
       for (; unit.Seek(index); index += step) {
@@ -373,29 +282,31 @@ __global__ void __launch_bounds__(kGroupedThreads, 1)
     }
     __syncwarp();
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    if constexpr (Variant::kBlocksPerSm == 1) ptx::GrowRegisters<232>();
     Consumer me;
     me.stages_at = stages_at;
     me.full_at = full_at;
     me.empty_at = empty_at;
     me.stage_bytes = stage_bytes;
-    me.group = warp / 4 - 1;
+    me.group = warp / 4;
     me.thread = threadIdx.x % 128;
     me.warp = warp % 4;
     me.lane = lane;
     me.staging_at = staging_at + me.group * staging_bytes;
     me.out_map = &out_map;
     for (; unit.Seek(index); index += step) {
-      const int column = ((unit.weight_unit * params.multicast + rank) * 2 + me.group) * (kGated ? 32 : 64);
+      const int column = ((unit.weight_unit * params.multicast + rank) * 2 + me.group) * (Variant::kGated ? 32 : 64);
       const bool last = index + step >= units;
-      if (unit.rows <= 64) {
-        ComputeUnit<kActivation, 64>(params, me, ring, unit, column, blocks, split, last);
-      } else if (unit.rows <= 128) {
-        ComputeUnit<kActivation, 128>(params, me, ring, unit, column, blocks, split, last);
-      } else if (unit.rows <= 192) {
-        ComputeUnit<kActivation, 192>(params, me, ring, unit, column, blocks, split, last);
-      } else {
-        ComputeUnit<kActivation, 256>(params, me, ring, unit, column, blocks, split, last);
+      if (Variant::kMaxRows == 64 || unit.rows <= 64) {
+        ComputeUnit<Variant, 64>(params, me, ring, unit, column, blocks, split, last);
+      } else if constexpr (Variant::kMaxRows == 256) {
+        if (unit.rows <= 128) {
+          ComputeUnit<Variant, 128>(params, me, ring, unit, column, blocks, split, last);
+        } else if (unit.rows <= 192) {
+          ComputeUnit<Variant, 192>(params, me, ring, unit, column, blocks, split, last);
+        } else {
+          ComputeUnit<Variant, 256>(params, me, ring, unit, column, blocks, split, last);
+        }
       }
     }
     if (me.thread == 0) ptx::StoreWaitAll();

@@ -119,6 +119,15 @@ __device__ __forceinline__ void StoreWaitAll() { asm volatile("cp.async.bulk.wai
 
 // --- Warp groups.
 
+// Registers of each thread of the warp group from here on.
+template <int kRegisters>
+__device__ __forceinline__ void ShrinkRegisters() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void GrowRegisters() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
 // Among `threads` threads of whole warps; `id` 1 to 15.
 __device__ __forceinline__ void GroupSync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");

@@ -32,6 +32,9 @@ struct PrefillFallbackArgs {
   float scale = 0;
 };
 
+// out = softmax(scale * q k^T, masked as in AttentionArgs) v for every row of a sequence of non-zero length. One block
+// of 128 threads per 64 rows of a sequence and head; each reads the keys and values that its rows see, once. Errors:
+// cudaErrorInvalidValue for a head_dim, block size or heads that it does not take.
 cudaError_t RunPrefillFallback(const PrefillFallbackArgs& args, cudaStream_t stream);
 
 }  // namespace soloist::cuda

@@ -10,13 +10,6 @@ constexpr int kThreads = 256;
 // cuDNN takes keys in tiles of at most so many, of which it reads every block.
 constexpr int kTileKeys = 256;
 
-struct Piece {
-  int sequence;
-  int begin;  // row of q
-  int rows;
-  int keys;
-};
-
 // Zeros behind the last key of `sequence`, for one kv head.
 __device__ void ZeroTail(const PrefillMetadataArgs& args, int sequence, int head) {
   const int keys = args.seq_lens[sequence], used = keys % args.block_size;
@@ -29,8 +22,7 @@ __device__ void ZeroTail(const PrefillMetadataArgs& args, int sequence, int head
 }
 
 __global__ void __launch_bounds__(kThreads) MetadataKernel(const __grid_constant__ PrefillMetadataArgs args) {
-  __shared__ int starts[kMaxPrefillSlots + 1], lens[kMaxPrefillSlots], keys[kMaxPrefillSlots];
-  __shared__ Piece mine;
+  __shared__ int starts[kMaxPrefillSlots + 1], lens[kMaxPrefillSlots];
   const int slot = blockIdx.x, thread = threadIdx.x;
   PdlWait();
   PdlTrigger();
@@ -41,47 +33,35 @@ __global__ void __launch_bounds__(kThreads) MetadataKernel(const __grid_constant
   if (thread <= args.num_sequences) starts[thread] = args.query_starts[thread];
   if (thread < args.num_sequences) lens[thread] = args.seq_lens[thread];
   __syncthreads();
-  // Thread i finds piece i, in the order of the rows, then its place in the order of the keys.
-  Piece piece = {0, starts[0], 0, 0};
-  if (thread < args.slots) {
-    int index = thread;
-    for (int s = 0; s < args.num_sequences; ++s) {
-      const int rows = lens[s] > 0 ? starts[s + 1] - starts[s] : 0;
-      const int pieces = (rows + kPrefillPieceRows - 1) / kPrefillPieceRows;
-      if (index < pieces) {
-        const int first = index * kPrefillPieceRows, end = min(rows, first + kPrefillPieceRows);
-        piece = {s, starts[s] + first, end - first, lens[s] - rows + end};
-        break;
-      }
-      index -= pieces;
+  // The slot's piece, in the order of the rows; behind the last one none.
+  int sequence = 0, begin = starts[args.num_sequences], rows = 0, keys = 0;
+  for (int s = 0, index = slot; s < args.num_sequences; ++s) {
+    const int all_rows = lens[s] > 0 ? starts[s + 1] - starts[s] : 0;
+    const int pieces = (all_rows + kPrefillPieceRows - 1) / kPrefillPieceRows;
+    if (index < pieces) {
+      const int first = index * kPrefillPieceRows, end = min(all_rows, first + kPrefillPieceRows);
+      sequence = s;
+      begin = starts[s] + first;
+      rows = end - first;
+      keys = lens[s] - all_rows + end;
+      break;
     }
-    keys[thread] = piece.keys;
+    index -= pieces;
   }
-  __syncthreads();
-  if (thread < args.slots) {
-    int rank = 0;
-    for (int i = 0; i < args.slots; ++i) {
-      if (keys[i] > piece.keys || (keys[i] == piece.keys && i < thread)) ++rank;
-    }
-    if (rank == slot) {
-      mine = piece;
-      args.rows[slot] = piece.rows;
-      args.keys[slot] = piece.keys;
-      args.row_offsets[slot] = static_cast<int64_t>(piece.begin) * args.row_elements;
-      if (slot == args.slots - 1) {
-        args.row_offsets[args.slots] = static_cast<int64_t>(piece.begin + piece.rows) * args.row_elements;
-      }
-    }
+  if (thread == 0) {
+    args.rows[slot] = rows;
+    args.keys[slot] = keys;
+    args.row_offsets[slot] = static_cast<int64_t>(begin) * args.row_elements;
+    if (slot == args.slots - 1) args.row_offsets[args.slots] = static_cast<int64_t>(begin + rows) * args.row_elements;
   }
-  __syncthreads();
-  const int blocks = (mine.keys + args.block_size - 1) / args.block_size;
+  const int blocks = (keys + args.block_size - 1) / args.block_size;
   if (blocks == 0) return;
   const int read = min(args.table_width, blocks + kTileKeys / args.block_size + 1);
-  const int32_t* from = args.block_tables + static_cast<int64_t>(mine.sequence) * args.max_blocks;
+  const int32_t* from = args.block_tables + static_cast<int64_t>(sequence) * args.max_blocks;
   int32_t* to = args.table + static_cast<int64_t>(slot) * args.table_width;
   for (int j = thread; j < read; j += kThreads) {
     const int block = min(j, blocks - 1);
-    to[j] = args.pitch > 0 ? mine.sequence * args.pitch + block : from[block];
+    to[j] = args.pitch > 0 ? sequence * args.pitch + block : from[block];
   }
 }
 

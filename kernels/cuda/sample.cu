@@ -1,6 +1,6 @@
 // Sampling: one kernel, one cluster of 8 thread blocks per row. Each block keeps its slice of the row in shared memory,
 // so that whatever a row asks for (penalties, top-k, top-p, the draw) is computed without reading device memory again;
-// the blocks meet in a few exchanges (sample_exchange.cuh). Order of work per row:
+// the blocks meet in a few exchanges through distributed shared memory. Order of work per row:
 //   1. load the slice; maximum and sum of exp in the same pass (log-probabilities are of the raw logits)
 //   2. rows with log-probabilities: the n best of each block to block 0
 //   3. penalties and bias, in shared memory
@@ -24,7 +24,6 @@ namespace soloist::cuda {
 namespace {
 
 using namespace sampling;  // sample_*.cuh
-namespace cg = cooperative_groups;
 
 // Above the largest g = -log(-log(u)), u <= 1 - 2^-24.
 constexpr float kMaxGumbel = 16.7f;
@@ -34,13 +33,11 @@ constexpr int kSmallSlice = 2048;
 
 struct Shared {
   FilterShared filter;
-  uint64_t barriers[2];
   int32_t params[2 * sizeof(SamplingRow) / 4];  // the row's and the next one's
-  Partial partial[kCluster * kMaxWarps];        // received, from the warps of all blocks
-  uint64_t drawn[kCluster * kMaxWarps];         // block 0: received, from the warps of all blocks
+  Partial partial[kCluster * kMaxWarps];        // written by the warps of all blocks
+  uint64_t drawn[kCluster * kMaxWarps];         // block 0: written by the warps of all blocks
   TopList warp_top[kMaxWarps];                  // of the raw logits, by warp
-  TopList top;                                  // of the block
-  TopList block_top[kCluster];                  // block 0: received, from all blocks
+  TopList block_top[kCluster];                  // block 0: by block
   int pending_seen;
 };
 
@@ -222,67 +219,36 @@ __device__ uint64_t Draw(const SamplingRow& row, const Slice& slice, float scale
 }
 
 // What top-k, min-p and top-p leave: the key of the least likely survivor's scaled logit. `max` is the largest.
-__device__ uint32_t Filter(const SamplingRow& row, int vocab, const Slice& slice, int rank, float scale, float max,
-                           FilterShared& shared, Exchange& exchange) {
+__device__ uint32_t Filter(const SamplingRow& row, int vocab, const Slice& slice, float scale, float max,
+                           FilterShared& shared, const cg::cluster_group& cluster) {
   uint32_t least = 0;
   if (max == kBanned) return least;
+  int phase = 0;
   if (row.top_k > 0 && row.top_k < vocab) {
-    least = LeastKey<false>(slice, rank, scale, max, 0, row.top_k, 0, shared, exchange);
+    least =
+        LeastKey<false>(slice, scale, max, 0, static_cast<unsigned long long>(row.top_k), 0, shared, phase, cluster);
   }
   if (row.min_p > 0) {
     const float log_min_p = static_cast<float>(log(static_cast<double>(row.min_p)));
     least = ::max(least, Key(__fadd_rn(max, log_min_p)));
   }
-  if (row.top_p < 1) least = LeastKey<true>(slice, rank, scale, max, least, 0, row.top_p, shared, exchange);
+  if (row.top_p < 1) least = LeastKey<true>(slice, scale, max, least, 0, row.top_p, shared, phase, cluster);
   return least;
-}
-
-// All threads: sends the n best raw logits of the block to block 0. `best`: the thread's.
-__device__ void SendTop(const Slice& slice, int vocab, int rank, int n, uint64_t best, Shared& shared,
-                        Exchange& exchange) {
-  if (threadIdx.x < kMaxTopLogprobs) shared.top[threadIdx.x] = 0;
-  TopOfWarps(slice, vocab, n, best, shared.warp_top);
-  __syncthreads();
-  ForEachRanked(shared.warp_top, blockDim.x / 32, [&](int place, uint64_t candidate) {
-    if (place < n) shared.top[place] = candidate;
-  });
-  __syncthreads();
-  if (threadIdx.x < kMaxTopLogprobs) {
-    exchange.Send(&shared.block_top[rank][threadIdx.x], shared.top[threadIdx.x], 0);
-  }
-}
-
-// All threads of block 0: the row's n best to its outputs of kMaxTopLogprobs.
-__device__ void WriteTop(const TopList* block_top, int n, float log_sum, int vocab, int32_t* tokens, float* logprobs) {
-  const int i = threadIdx.x;
-  if (i < kMaxTopLogprobs && i >= min(n, vocab)) {
-    tokens[i] = -1;
-    logprobs[i] = 0;
-  }
-  if (n <= 0) return;
-  ForEachRanked(block_top, kCluster, [&](int place, uint64_t candidate) {
-    if (place >= n) return;
-    tokens[place] = TokenOf(candidate);
-    logprobs[place] = ValueOf(candidate) - log_sum;
-  });
 }
 
 // logits [rows, vocab] are read once: rows * vocab * 4 bytes; history and bias of a row by each of its blocks. Grid:
 // kCluster blocks of 256 or 512 threads per row; dynamic shared memory: one slice, 16 * quads bytes.
-__global__ void __launch_bounds__(kMaxThreads, 2)
+__global__ void __launch_bounds__(kMaxThreads, 3)
     SampleKernel(const __grid_constant__ SampleArgs args, bool aligned, int quads) {
   extern __shared__ float4 values[];
   __shared__ Shared shared;
   const cg::cluster_group cluster = cg::this_cluster();
-  Exchange exchange(shared.barriers);
-  if (threadIdx.x == 0) exchange.Init();
-  auto ready = cluster.barrier_arrive();
+  auto started = cluster.barrier_arrive();
   const int r = blockIdx.x / kCluster, rank = blockIdx.x % kCluster;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
   const int vocab = static_cast<int>(args.logits.cols), begin = min(4 * rank * quads, (vocab + 3) / 4 * 4);
   const Slice slice = {values, begin, min(quads, (vocab - begin + 3) / 4)};
-  ClearHistogram(shared.filter.histogram);
-  cluster.barrier_wait(std::move(ready));
+  for (auto& histogram : shared.filter.histogram) ClearHistogram(histogram);
 
   PdlWait();
   const float* logits = static_cast<const float*>(args.logits.data) + r * args.logits.stride;
@@ -292,65 +258,67 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
   Partial partial = LoadSlice(logits, vocab, aligned, slice);
   PdlTrigger();
   __syncthreads();
+  cluster.barrier_wait(std::move(started));
 
   const SamplingRow& row = reinterpret_cast<const SamplingRow*>(shared.params)[0];
   const SamplingRow& next = reinterpret_cast<const SamplingRow*>(shared.params)[1];
-  const bool penalties = row.repetition_penalty != 1 || row.presence_penalty != 0 || row.frequency_penalty != 0;
-  const bool biased = row.bias_begin < next.bias_begin, sampled = row.temperature != 0;
   const int num_top = row.num_top_logprobs;
-  if (threadIdx.x == 0 && (sampled || rank == 0)) {
-    exchange.Expect(kCluster * warps * sizeof(Partial) + (rank == 0 && num_top > 0 ? kCluster * sizeof(TopList) : 0));
-  }
   if (row.return_logits != 0) {
     CopySlice(slice, vocab, aligned && vocab % 4 == 0, args.raw_logits + int64_t{r} * vocab);
   }
-  if (num_top > 0) SendTop(slice, vocab, rank, num_top, partial.best, shared, exchange);
+  if (num_top > 0) {
+    TopOfWarp(slice, vocab, num_top, partial.best, shared.warp_top[warp], lane);
+    uint64_t* list = cluster.map_shared_rank(shared.block_top[rank], 0);
+    if (threadIdx.x < kMaxTopLogprobs) list[threadIdx.x] = 0;
+    __syncthreads();
+    ForEachRanked(shared.warp_top, warps, [&](int place, uint64_t candidate) {
+      if (place < num_top) list[place] = candidate;
+    });
+  }
+  const bool penalties = row.repetition_penalty != 1 || row.presence_penalty != 0 || row.frequency_penalty != 0;
   if (penalties) Penalize(args, row, next.history_begin, slice, &shared.pending_seen);
-  if (biased) {
+  if (row.bias_begin < next.bias_begin) {
     __syncthreads();
     if (warp == 0) AddBias(args.bias, row.bias_begin, next.bias_begin, slice, lane);
   }
-  if (penalties || biased) {
+  if (penalties || row.bias_begin < next.bias_begin) {
     __syncthreads();
     partial.best = BestOfSlice(slice);
   }
 
   partial = WarpReduce(partial);
-  if (lane < (sampled ? kCluster : 1)) {
-    const Partial* slot = &shared.partial[rank * warps + warp];
-    exchange.Send(slot, partial.MaxAndSum(), lane);
-    exchange.Send(&slot->best, partial.best, lane);
-  }
-  const bool writer = rank == 0 && warp == warps - 1;
-  if (!sampled && rank != 0) return;
-  exchange.Wait();
-  exchange.Next();
-  uint64_t chosen = 0;
-#pragma unroll 4
-  for (int i = lane; i < kCluster * warps; i += 32) chosen = max(chosen, shared.partial[i].best);
-  chosen = WarpMax(chosen);
-  float log_sum = 0;
-  if (rank == 0 && (writer || num_top > 0)) log_sum = LogSumExp(shared.partial, kCluster * warps, lane);
+  if (lane < kCluster) cluster.map_shared_rank(shared.partial, lane)[rank * warps + warp] = partial;
+  cluster.sync();
+  partial = Merge(shared.partial, kCluster * warps, lane);
+  const float log_sum = partial.max + logf(partial.sum);
   if (rank == 0) {
-    WriteTop(shared.block_top, num_top, log_sum, vocab, args.top_tokens + int64_t{r} * kMaxTopLogprobs,
-             args.top_logprobs + int64_t{r} * kMaxTopLogprobs);
+    int32_t* tokens = args.top_tokens + int64_t{r} * kMaxTopLogprobs;
+    float* logprobs = args.top_logprobs + int64_t{r} * kMaxTopLogprobs;
+    if (warp == 0 && lane < kMaxTopLogprobs && lane >= min(num_top, vocab)) {
+      tokens[lane] = -1;
+      logprobs[lane] = 0;
+    }
+    if (num_top > 0)
+      ForEachRanked(shared.block_top, kCluster, [&](int place, uint64_t candidate) {
+        if (place >= num_top) return;
+        tokens[place] = TokenOf(candidate);
+        logprobs[place] = ValueOf(candidate) - log_sum;
+      });
   }
-  if (sampled) {
+  uint64_t chosen = partial.best;
+  if (row.temperature != 0) {
     const float scale = __fdiv_rn(1.0f, row.temperature), max = __fmul_rn(ValueOf(chosen), scale);
-    const uint32_t least = Filter(row, vocab, slice, rank, scale, max, shared.filter, exchange);
+    const uint32_t least = Filter(row, vocab, slice, scale, max, shared.filter, cluster);
     chosen = WarpMax(Draw(row, slice, scale, least, chosen));
-    if (lane == 0) exchange.Send(&shared.drawn[rank * warps + warp], chosen, 0);
-    if (!writer) return;
-    if (lane == 0) exchange.Expect(kCluster * warps * sizeof(uint64_t));
-    exchange.Wait();
-#pragma unroll 4
+    if (lane == 0) cluster.map_shared_rank(shared.drawn, 0)[rank * warps + warp] = chosen;
+    cluster.sync();
+    chosen = 0;
     for (int i = lane; i < kCluster * warps; i += 32) chosen = ::max(chosen, shared.drawn[i]);
     chosen = WarpMax(chosen);
   }
-  if (writer && lane == 0) {
-    const int token = TokenOf(chosen);
-    args.tokens[r] = token;
-    args.logprobs[r] = (sampled || penalties || biased ? logits[token] : ValueOf(chosen)) - log_sum;
+  if (rank == 0 && threadIdx.x == 0) {
+    args.tokens[r] = TokenOf(chosen);
+    args.logprobs[r] = logits[TokenOf(chosen)] - log_sum;
   }
 }
 

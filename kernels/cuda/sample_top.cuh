@@ -33,10 +33,6 @@ struct Partial {
   float max;  // of the raw logits
   float sum;  // of exp(raw logit - max)
   uint64_t best;
-
-  __device__ uint64_t MaxAndSum() const {  // as they lie in memory
-    return (uint64_t{__float_as_uint(sum)} << 32) | __float_as_uint(max);
-  }
 };
 inline constexpr Partial kNothing = {kBanned, 0, 0};
 
@@ -53,43 +49,28 @@ __device__ __forceinline__ Partial WarpReduce(Partial p) {
   return {max, p.sum, WarpMax(p.best)};
 }
 
-// log(sum of exp) of the raw logits from the results of `warps` warps, in all lanes.
-__device__ __forceinline__ float LogSumExp(const Partial* partial, int warps, int lane) {
-  float max = kBanned;
-#pragma unroll 4
-  for (int i = lane; i < warps; i += 32) max = fmaxf(max, partial[i].max);
-  max = FromKey(__reduce_max_sync(kAllLanes, Key(max)));
-  float sum = 0;
-#pragma unroll 4
-  for (int i = lane; i < warps; i += 32) sum += Rescale(partial[i].sum, partial[i].max, max);
-  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
-  return max + logf(sum);
+// The row's result from those of `warps` warps (in all blocks together), in all lanes.
+__device__ __forceinline__ Partial Merge(const Partial* partial, int warps, int lane) {
+  Partial p = kNothing;
+  for (int i = lane; i < warps; i += 32) p.max = fmaxf(p.max, partial[i].max);
+  for (int i = lane; i < warps; i += 32) {
+    p.sum += Rescale(partial[i].sum, partial[i].max, p.max);
+    p.best = max(p.best, partial[i].best);
+  }
+  return WarpReduce(p);
 }
 
 // Best tokens, descending; 0: there are no more.
 using TopList = uint64_t[kMaxTopLogprobs];
 
-// All threads of a block: each warp finds the best of the values that its lanes work on, of which `best` is each lane's
-// best; lists[warp] gets all of those that are among the block's n best. A warp takes out its best again and again; the
-// lane that had it gets its next best.
-__device__ inline void TopOfWarps(const Slice& slice, int vocab, int n, uint64_t best, TopList* lists) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
-  const int share = (n + warps - 1) / warps;  // n tokens or more, if each warp has as many
-  uint64_t enough = 0;                        // what is below is not among the block's n best
-  if (lane < kMaxTopLogprobs) lists[warp][lane] = 0;
-  __syncwarp();
+// One warp: the n best of the values that its lanes work on, of which `best` is each lane's best. Takes out the best n
+// times; the lane that had it gets its next best.
+__device__ inline void TopOfWarp(const Slice& slice, int vocab, int n, uint64_t best, TopList& list, int lane) {
+  if (lane >= n && lane < kMaxTopLogprobs) list[lane] = 0;
   for (int i = 0; i < n; ++i) {
-    if (i == share) {
-      __syncthreads();
-      enough = lists[0][share - 1];
-      for (int w = 1; w < warps; ++w) enough = min(enough, lists[w][share - 1]);
-    }
     const uint64_t top = WarpMax(best);
-    if (top == 0 || top < enough) {
-      if (i < share) continue;  // all meet at the barrier
-      break;
-    }
-    if (lane == 0) lists[warp][i] = top;
+    if (lane == 0) list[i] = top;
+    if (top == 0) continue;
     const int owner = (TokenOf(top) - slice.begin) / 4 % blockDim.x;
     uint64_t next = 0;
     for (int q = owner + lane * blockDim.x; q < slice.quads; q += 32 * blockDim.x) {

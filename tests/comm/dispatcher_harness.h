@@ -144,7 +144,8 @@ class DispatcherGroup {
       const auto handle =
           dispatchers_[rank.id()]->Dispatch(in.x, in.experts, in.weights, max_tokens, in.counts, *rank.stream);
       ASSERT_EQ(handle.status(), absl::OkStatus());
-      EXPECT_EQ(handle->layout, layout);
+      EXPECT_EQ(handle->layout, size() == 1 ? DispatchLayout::kContiguous : layout);
+      EXPECT_EQ(handle->row_offsets != nullptr, size() == 1);
       EXPECT_EQ(dispatchers_[rank.id()]->WaitsOnHost(max_tokens), size() > 1 && layout == DispatchLayout::kContiguous);
       CheckCounts(rank, in, tokens, mine);
       RunExperts(rank, *handle, tokens, homes);
@@ -272,6 +273,13 @@ class DispatcherGroup {
     int64_t total = 0;
     for (const auto& [expert, its_rows] : rows_of) {
       ASSERT_TRUE(expert >= 0 && expert < std::ssize(local)) << "local expert " << expert;
+    }
+    if (handle.row_offsets != nullptr) {
+      const auto offsets = rank.Download<int32_t>(handle.row_offsets, std::ssize(local) + 1);
+      for (const auto& [expert, its_rows] : rows_of) {
+        EXPECT_EQ(its_rows.front(), offsets[expert]);
+        EXPECT_EQ(std::ssize(its_rows), offsets[expert + 1] - offsets[expert]);
+      }
     }
     for (int l = 0; l < std::ssize(local); ++l) {
       const std::vector<const std::vector<float>*> expected = ExpectedRows(local[l], tokens, homes);

@@ -75,8 +75,16 @@ class LoopbackTest : public testing::TestWithParam<Shape> {
                                             weights_data.View<float>(n, k), capacity,
                                             static_cast<int32_t*>(counts_data.data()), *rank_.stream);
     ASSERT_EQ(handle.status(), absl::OkStatus());
-    EXPECT_EQ(handle->layout, GetParam().layout);
-    EXPECT_EQ(handle->expected_rows, (GetParam().layout == DispatchLayout::kMasked ? capacity : n) * k);
+    const bool masked = GetParam().layout == DispatchLayout::kMasked && options.loopback_ranks > 1;
+    EXPECT_EQ(handle->layout, masked ? DispatchLayout::kMasked : DispatchLayout::kContiguous);
+    EXPECT_EQ(handle->expected_rows, (masked ? capacity : n) * k);
+    if (handle->row_offsets != nullptr) {
+      // All rows are the one local expert's, or, in a group of one, each expert's follow the one's before.
+      const int local = options.num_experts / options.loopback_ranks;
+      EXPECT_TRUE(local == 1 || options.loopback_ranks == 1);
+      EXPECT_EQ(rank_.Download<int32_t>(handle->row_offsets, local + 1).back(),
+                std::accumulate(counts.begin(), counts.end(), 0));
+    }
     EXPECT_EQ(rank_.Download<int32_t>(counts_data.data(), options.num_experts), counts);
     RunExperts(*handle, std::accumulate(counts.begin(), counts.end(), 0));
     ASSERT_EQ(rank_.Finish(dispatcher.Combine(*handle, {.delta = out_data.View<float>(n, hidden)}, *rank_.stream)),

@@ -162,6 +162,7 @@ void TestDispatch(const std::vector<DispatchCase>& cases) {
       begins[e] = static_cast<int32_t>(base[e]);
       at += c.masked ? n + 2 : counts[e];
     }
+    if (!c.masked) begins.push_back(static_cast<int32_t>(at));
     const int64_t dst_rows = c.masked ? at : n * top_k;
     std::vector<int32_t> used(num_experts, 0);
     for (int64_t i = 0; i < n * top_k; ++i) {
@@ -173,7 +174,7 @@ void TestDispatch(const std::vector<DispatchCase>& cases) {
     const DeviceArray<int64_t> base_d(gpu, base);
     const auto slots_d = DeviceArray<int32_t>::Poisoned(gpu, n * top_k);
     const auto counts_d = DeviceArray<int32_t>::Poisoned(gpu, num_experts);
-    const auto begins_d = DeviceArray<int32_t>::Poisoned(gpu, num_experts);
+    const auto begins_d = DeviceArray<int32_t>::Poisoned(gpu, std::ssize(begins));
     // Headers lie in front of the rows in the same allocation, as the dispatcher's chunks do.
     const int64_t header_rows = c.headers > 0 ? (num_experts * 4 + hidden * 2 - 1) / (hidden * 2) : 0;
     const int64_t chunk_rows = dst_rows + header_rows;

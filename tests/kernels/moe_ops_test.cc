@@ -32,7 +32,8 @@ TEST_P(MoeOpsTest, RouteDispatchExpertsCombine) {
       t_in.push_back(MakeTensor(w_in[e].data(), rows_in, hidden));
       t_out.push_back(MakeTensor(w_out[e].data(), hidden, inner));
     }
-    std::vector<int32_t> experts(n * top_k, -7), slots(n * top_k, -7), counts(num_experts, -7), begins(num_experts, -7);
+    std::vector<int32_t> experts(n * top_k, -7), slots(n * top_k, -7), counts(num_experts, -7),
+        begins(num_experts + 1, -7);
     std::vector<float> weights(n * top_k, kPoison), out(n * hidden, kPoison), x(n * hidden, kPoison);
     std::vector<float> residual = Random(n * hidden);
     const Tensor tx = MakeTensor(x.data(), n, hidden), te = MakeTensor(experts.data(), n, top_k),
@@ -75,6 +76,7 @@ TEST_P(MoeOpsTest, RouteDispatchExpertsCombine) {
       at += counts[e];
     }
     ASSERT_EQ(at, n * top_k);
+    EXPECT_EQ(begins[num_experts], at);
     ops().ExpertMlp({.x = tr,
                      .groups = groups.data(),
                      .num_groups = static_cast<int>(groups.size()),

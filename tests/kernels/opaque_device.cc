@@ -87,6 +87,9 @@ class OpaqueOps final : public Ops {
     RevealAll(a.y, a.slots, a.weights, a.delta, a.residual, a.norm_weight, a.normed);
     ops_.CombineRows(a, stream);
   }
+  void CopyBytes(void* dst, const void* src, int64_t bytes, Stream& stream) override {
+    ops_.CopyBytes(Reveal(dst), Reveal(src), bytes, stream);
+  }
   void GatherRows(const Tensor& x, const int32_t* rows, const Tensor& out, Stream& stream) override {
     ops_.GatherRows(Reveal(x), Reveal(rows), Reveal(out), stream);
   }
