@@ -96,7 +96,7 @@ struct OpLimits {
   int num_heads = 0;
   int num_kv_heads = 0;
   int head_dim = 0;
-  int kv_block_size = 0;
+  int kv_block_size = 0;  // 0: not known yet, attention is made ready at first use
   bool fp8_kv = false;
   int sliding_window = 0;  // 0: none
   int num_experts = 0;     // of the model

@@ -69,7 +69,4 @@ if [[ -x /usr/local/cuda/bin/nvcc ]]; then
   mkdir -p "$top/third_party/.wheels"
   UnpackHeaders cudnn_frontend nvidia-cudnn-frontend==1.32.0 \
     c6006556017a4d1c914c52a556c71b1267f2d6a0500f742e7b4edef539878df0 include
-  UnpackHeaders cutlass nvidia-cutlass==4.2.0 \
-    f9599ada45c7bcb6bf53f7d3f0a7d154183e53451c01bfa59eecd37dd4a693f6 \
-    cutlass_library/source/include cutlass_library/source/tools/util/include
 fi

@@ -20,7 +20,7 @@ namespace {
 // FP8 cache: room for a BF16 copy of so many keys and values of one layer, for cuDNN.
 constexpr int64_t kFp8ScratchTokens = 131072;
 
-// Products of up to so many rows are bound by reading the weights; more rows are cuBLASLt's.
+// Deterministic products are made in pieces of so many rows.
 constexpr int64_t kMaxFewRows = 64;
 
 // One expert's products of more rows are cuBLASLt's too, where the host knows that all rows are valid.
@@ -68,7 +68,7 @@ absl::Status CudaOps::Prepare(const OpLimits& limits, Device& device) {
   ASSIGN_OR_RETURN(row_offsets_, device.Allocate(std::ssize(offsets) * 4));
   RETURN_IF_CUDA_ERROR(device_,
                        cudaMemcpy(row_offsets_.data(), offsets.data(), row_offsets_.bytes(), cudaMemcpyHostToDevice));
-  return TuneLinear();
+  return options_.deterministic ? absl::OkStatus() : TuneLinear();
 }
 
 absl::Status CudaOps::PreparePrefill() {
@@ -93,7 +93,7 @@ absl::Status CudaOps::PreparePrefill() {
   like.num_heads = limits_.num_heads;
   like.sliding_window = limits_.sliding_window;
   like.scale = 1.0f / std::sqrt(static_cast<float>(limits_.head_dim));
-  return options.use_cudnn ? prefill_attention_->Warm(like) : absl::OkStatus();
+  return options.use_cudnn && limits_.kv_block_size > 0 ? prefill_attention_->Warm(like) : absl::OkStatus();
 }
 
 absl::Status CudaOps::TuneLinear() {
@@ -106,14 +106,12 @@ absl::Status CudaOps::TuneLinear() {
                           most);
   };
   RETURN_IF_ERROR(tune(limits_.vocab_size, hidden, DType::kF32, hidden, limits_.max_logit_rows));
-  if (!options_.deterministic) {
-    RETURN_IF_ERROR(tune(q + 2 * kv, hidden, DType::kBF16, hidden, limits_.max_tokens));
-    RETURN_IF_ERROR(tune(hidden, q, DType::kBF16, q, limits_.max_tokens));
-    if (limits_.local_experts == 1) {
-      const int64_t inner = limits_.expert_hidden_size, wide = inner * (limits_.gated_experts ? 2 : 1);
-      RETURN_IF_ERROR(tune(wide, hidden, DType::kBF16, hidden, limits_.max_expert_rows));
-      RETURN_IF_ERROR(tune(hidden, inner, DType::kBF16, wide, limits_.max_expert_rows));
-    }
+  RETURN_IF_ERROR(tune(q + 2 * kv, hidden, DType::kBF16, hidden, limits_.max_tokens));
+  RETURN_IF_ERROR(tune(hidden, q, DType::kBF16, q, limits_.max_tokens));
+  if (limits_.local_experts == 1) {
+    const int64_t inner = limits_.expert_hidden_size, wide = inner * (limits_.gated_experts ? 2 : 1);
+    RETURN_IF_ERROR(tune(wide, hidden, DType::kBF16, hidden, limits_.max_expert_rows));
+    RETURN_IF_ERROR(tune(hidden, inner, DType::kBF16, wide, limits_.max_expert_rows));
   }
   spdlog::info("cuda:{} matrix products: {} algorithms searched, the others known", device_, lt_gemm_->searched());
   return lt_gemm_->Save();
@@ -132,16 +130,14 @@ void CudaOps::AddRmsNorm(const Tensor& residual, const Tensor& delta, const Tens
 void CudaOps::Linear(const Tensor& x, const Tensor& w, const Tensor& out, Stream& stream) {
   CHECK(x.cols == w.cols && out.cols == w.rows && x.rows == out.rows && w.stride == w.cols);
   if (x.rows == 0) return;
-  if (out.dtype != DType::kBF16 || (x.rows > kMaxFewRows && !options_.deterministic)) {
-    return ManyRows(x, w, out, stream);
-  }
+  if (!options_.deterministic) return ByLibrary(x, w, out, stream);
   for (int64_t row = 0; row < x.rows; row += kMaxFewRows) {
     const int64_t rows = std::min(kMaxFewRows, x.rows - row);
     FewRows(x.Rows(row, rows), w, out.Rows(row, rows), stream);
   }
 }
 
-void CudaOps::ManyRows(const Tensor& x, const Tensor& w, const Tensor& out, Stream& stream) {
+void CudaOps::ByLibrary(const Tensor& x, const Tensor& w, const Tensor& out, Stream& stream) {
   AsCuda(stream).Note(lt_gemm_->Run({.n = w.rows,
                                      .k = w.cols,
                                      .out_dtype = out.dtype,
@@ -162,12 +158,13 @@ void CudaOps::FewRows(const Tensor& x, const Tensor& w, const Tensor& out, Strea
                                    .w_stride = w.stride,
                                    .n = w.rows,
                                    .k = w.cols,
-                                   .out = Bf16(out),
+                                   .out_dtype = out.dtype,
+                                   .out = out.data,
                                    .out_stride = out.stride,
                                    .row_capacity = x.rows,
                                    .expected_rows = x.rows,
                                    .workspace = grouped_workspace_.data(),
-                                   .tiling = {.max_splits = options_.deterministic ? 1 : 0}},
+                                   .tiling = {.max_splits = 1}},
                                   AsCuda(stream).get()),
                       "GroupedGemm");
 }
@@ -251,12 +248,12 @@ void CudaOps::ExpertMlp(const ExpertMlpArgs& args, Stream& stream) {
 void CudaOps::OneExpert(const ExpertMlpArgs& args, Stream& stream) {
   const Tensor wide = args.scratch.Rows(0, args.x.rows);
   const Tensor inner = wide.Cols(0, args.w_out[0].cols);
-  ManyRows(args.x, args.w_in[0], wide, stream);
+  ByLibrary(args.x, args.w_in[0], wide, stream);
   const cudaError_t error = args.activation == Activation::kSiluGated
                                 ? SiluGateRows(wide, {}, inner, AsCuda(stream).get())
                                 : GeluRows(wide, {}, inner, AsCuda(stream).get());
   AsCuda(stream).Note(error, "activation of expert rows");
-  ManyRows(inner, args.w_out[0], args.out, stream);
+  ByLibrary(inner, args.w_out[0], args.out, stream);
 }
 
 // to = activation(from * w[e]^T) for the rows of each expert.

@@ -48,9 +48,9 @@ class CudaOps final : public Ops {
   absl::Status PreparePrefill();
   // Rows [first, first + rows), each a sequence.
   void DecodeRows(const AttentionArgs& args, int first, int rows, Stream& stream);
-  // out = x * w^T, by GroupedGemm (up to kMaxFewRows, as those of one expert) and by cuBLASLt.
+  // out = x * w^T, by cuBLASLt, and by GroupedGemm as the rows of one expert (up to kMaxFewRows; deterministic).
+  void ByLibrary(const Tensor& x, const Tensor& w, const Tensor& out, Stream& stream);
   void FewRows(const Tensor& x, const Tensor& w, const Tensor& out, Stream& stream);
-  void ManyRows(const Tensor& x, const Tensor& w, const Tensor& out, Stream& stream);
   void OneExpert(const ExpertMlpArgs& args, Stream& stream);
   void Grouped(const Tensor& from, const Tensor* w, const Tensor& to, const ExpertMlpArgs& args, const int32_t* offsets,
                GroupedActivation activation, Stream& stream);

@@ -16,50 +16,27 @@ struct SharedLayout {
   int staging_buffers;
   int bytes;
 };
-
-template <typename Variant>
 SharedLayout LayoutFor(int row_tile) {
-  // Of the SM's 228 KB, each block takes 1 KB besides.
-  constexpr int kLimit = 228 * 1024 / Variant::kBlocksPerSm - 1024;
+  constexpr int kLimit = 227 * 1024;
   constexpr int kShared = static_cast<int>(sizeof(GroupedShared));
   const int stage = kGroupedWeightBytes + row_tile * 128;
   const auto stages = [&](int buffers) {
-    return std::min(kGroupedMaxStages, (kLimit - kShared - 2 * buffers * Variant::kStagingBytes) / stage);
+    return std::min(kGroupedMaxStages, (kLimit - kShared - 2 * buffers * kGroupedStagingBytes) / stage);
   };
   SharedLayout layout;
   layout.stages = stages(1);
   layout.staging_buffers = stages(2) == layout.stages ? 2 : 1;
-  layout.bytes = layout.stages * stage + 2 * layout.staging_buffers * Variant::kStagingBytes + kShared;
+  layout.bytes = layout.stages * stage + 2 * layout.staging_buffers * kGroupedStagingBytes + kShared;
   return layout;
 }
 
-struct KernelOfVariant {
-  Kernel kernel;
-  SharedLayout (*layout)(int row_tile);
-  int threads;
-  int max_rows;
-  int chunk_rows;
-};
+constexpr Kernel kKernels[] = {GroupedGemmKernel<GroupedVariant<GroupedActivation::kNone, false>>,
+                               GroupedGemmKernel<GroupedVariant<GroupedActivation::kGelu, false>>,
+                               GroupedGemmKernel<GroupedVariant<GroupedActivation::kSiluGated, false>>,
+                               GroupedGemmKernel<GroupedVariant<GroupedActivation::kNone, true>>};
 
-template <GroupedActivation kActivation, bool kFloat>
-KernelOfVariant PickRows(int blocks_per_sm) {
-  using Large = GroupedVariant<kActivation, kFloat, 256>;
-  using Small = GroupedVariant<kActivation, kFloat, 64>;
-  if (blocks_per_sm == 2)
-    return {GroupedGemmKernel<Small>, LayoutFor<Small>, Small::kThreads, Small::kMaxRows, Small::kChunkRows};
-  return {GroupedGemmKernel<Large>, LayoutFor<Large>, Large::kThreads, Large::kMaxRows, Large::kChunkRows};
-}
-
-KernelOfVariant KernelFor(GroupedActivation activation, DType out_dtype, int blocks_per_sm) {
-  switch (activation) {
-    case GroupedActivation::kGelu:
-      return PickRows<GroupedActivation::kGelu, false>(blocks_per_sm);
-    case GroupedActivation::kSiluGated:
-      return PickRows<GroupedActivation::kSiluGated, false>(blocks_per_sm);
-    default:
-      return out_dtype == DType::kF32 ? PickRows<GroupedActivation::kNone, true>(blocks_per_sm)
-                                      : PickRows<GroupedActivation::kNone, false>(blocks_per_sm);
-  }
+Kernel KernelFor(const GroupedGemmArgs& args) {
+  return kKernels[args.out_dtype == DType::kF32 ? 3 : static_cast<int>(args.activation)];
 }
 
 int64_t DivideUp(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -84,7 +61,7 @@ bool Valid(const GroupedGemmArgs& a) {
 bool Valid(const GroupedTiling& t) {
   return t.row_tile >= 64 && t.row_tile <= 256 && t.row_tile % 64 == 0 && t.multicast >= 1 && t.multicast <= 2 &&
          t.max_splits >= 1 && t.max_splits <= kGroupedMaxSplits && (t.max_splits & (t.max_splits - 1)) == 0 &&
-         t.raster >= 1 && t.blocks_per_sm >= 1 && t.blocks_per_sm <= 2 && (t.blocks_per_sm == 1 || t.row_tile == 64);
+         t.raster >= 1;
 }
 
 bool EncodeMap(const GroupedGemmDevice& device, CUtensorMap* map, const void* base, int rank, const cuuint64_t* sizes,
@@ -107,30 +84,16 @@ cudaError_t PrepareGroupedGemm(GroupedGemmDevice* device) {
       cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &device->encode_map, 12000, cudaEnableDefault, &found);
   if (error != cudaSuccess) return error;
   if (found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
-  const auto allow_shared = [](const KernelOfVariant& variant) -> cudaError_t {
-    int most = 0;
-    for (int row_tile = 64; row_tile <= variant.max_rows; row_tile += 64) {
-      most = std::max(most, variant.layout(row_tile).bytes);
-    }
-    const cudaError_t status = cudaFuncSetAttribute(variant.kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                                    cudaSharedmemCarveoutMaxShared);
-    if (status != cudaSuccess) return status;
-    return cudaFuncSetAttribute(variant.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
-  };
-  for (int blocks_per_sm = 1; blocks_per_sm <= 2; ++blocks_per_sm) {
-    for (const GroupedActivation activation :
-         {GroupedActivation::kNone, GroupedActivation::kGelu, GroupedActivation::kSiluGated}) {
-      error = allow_shared(KernelFor(activation, DType::kBF16, blocks_per_sm));
-      if (error != cudaSuccess) return error;
-    }
-    error = allow_shared(KernelFor(GroupedActivation::kNone, DType::kF32, blocks_per_sm));
+  int most = 0;
+  for (int row_tile = 64; row_tile <= 256; row_tile += 64) most = std::max(most, LayoutFor(row_tile).bytes);
+  for (const Kernel kernel : kKernels) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
     if (error != cudaSuccess) return error;
   }
   int num_sms = 0;
   error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, index);
   if (error != cudaSuccess) return error;
   device->num_blocks = std::min<int>(num_sms, kArrivalBytes / sizeof(int));
-  const KernelOfVariant large = KernelFor(GroupedActivation::kNone, DType::kBF16, 1);
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim.x = 2;
@@ -138,11 +101,11 @@ cudaError_t PrepareGroupedGemm(GroupedGemmDevice* device) {
   attribute.val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(num_sms / 2 * 2);
-  config.blockDim = dim3(large.threads);
-  config.dynamicSmemBytes = large.layout(256).bytes;
+  config.blockDim = dim3(kGroupedThreads);
+  config.dynamicSmemBytes = most;
   config.attrs = &attribute;
   config.numAttrs = 1;
-  return cudaOccupancyMaxActiveClusters(&device->num_pairs, large.kernel, &config);
+  return cudaOccupancyMaxActiveClusters(&device->num_pairs, kKernels[0], &config);
 }
 
 int64_t GroupedGemmWorkspaceBytes(const GroupedGemmDevice& device) {
@@ -155,7 +118,6 @@ GroupedTiling ChooseGroupedTiling(const GroupedGemmDevice& device, const Grouped
   const int64_t weight_tiles = DivideUp(args.n, args.activation == GroupedActivation::kSiluGated ? 64 : 128);
   // Room for the usual spread about the mean, so that a decode step seldom reads weights for a second tile.
   if (t.row_tile == 0) t.row_tile = mean <= 44 ? 64 : mean <= 100 ? 128 : mean <= 160 ? 192 : 256;
-  if (t.blocks_per_sm == 0) t.blocks_per_sm = t.row_tile == 64 ? 2 : 1;
   if (t.multicast == 0) {
     // Where weights are all the traffic, a block alone is not held up by another.
     const bool weights_only = mean <= 64 || (args.num_experts == 1 && mean <= t.row_tile);
@@ -198,8 +160,7 @@ cudaError_t GroupedGemm(const GroupedGemmDevice& device, const GroupedGemmArgs& 
   params.k_blocks = static_cast<int>(args.k / 64);
   params.row_tile = tiling.row_tile;
   params.row_tile_reciprocal = static_cast<uint32_t>(DivideUp(int64_t{1} << 32, tiling.row_tile));
-  const KernelOfVariant variant = KernelFor(args.activation, args.out_dtype, tiling.blocks_per_sm);
-  const SharedLayout layout = variant.layout(tiling.row_tile);
+  const SharedLayout layout = LayoutFor(tiling.row_tile);
   params.stages = layout.stages;
   params.staging_buffers = layout.staging_buffers;
   params.multicast = tiling.multicast;
@@ -225,7 +186,7 @@ cudaError_t GroupedGemm(const GroupedGemmDevice& device, const GroupedGemmArgs& 
   CUtensorMap out_map = {};
   const cuuint64_t out_sizes[2] = {static_cast<cuuint64_t>(args.n), static_cast<cuuint64_t>(args.row_capacity)};
   const cuuint64_t out_strides[1] = {static_cast<cuuint64_t>(args.out_stride) * 2};
-  const cuuint32_t out_box[2] = {gated ? 32u : 64u, static_cast<cuuint32_t>(variant.chunk_rows)};
+  const cuuint32_t out_box[2] = {gated ? 32u : 64u, kGroupedChunkRows};
   if (!EncodeMap(device, &w_map, lowest, 5, w_sizes, w_strides, w_box) ||
       !EncodeMap(device, &x_map, args.x, 2, x_sizes, x_strides, x_box) ||
       (args.out_dtype == DType::kBF16 && !EncodeMap(device, &out_map, args.out, 2, out_sizes, out_strides, out_box))) {
@@ -237,7 +198,7 @@ cudaError_t GroupedGemm(const GroupedGemmDevice& device, const GroupedGemmArgs& 
   const int64_t resident = tiling.multicast == 1 ? device.num_blocks : device.num_pairs;
   const int clusters = static_cast<int>(std::min(resident, units * tiling.max_splits));
   if (clusters < 1) return cudaErrorInvalidConfiguration;
-  return Launch(variant.kernel, dim3(clusters * tiling.multicast), dim3(variant.threads), layout.bytes, stream,
+  return Launch(KernelFor(args), dim3(clusters * tiling.multicast), dim3(kGroupedThreads), layout.bytes, stream,
                 tiling.multicast, w_map, x_map, out_map, params);
 }
 

@@ -31,9 +31,6 @@ struct GroupedTiling {
   int multicast = 0;   // neighbouring tiles of weights that share one read of the rows: 1 or 2
   int max_splits = 0;  // most parts of k, each on blocks of its own: 1, 2, 4 or 8
   int raster = 0;      // tiles of weights (in units of multicast) that run beside each other before the next rows
-  // That there is room for, of successive kernels: 1, or 2 with row_tile 64. The grid has one per SM; with 2, a kernel
-  // fills its stages beside the one before.
-  int blocks_per_sm = 0;
 };
 
 // What GroupedGemm knows of a device. Filled once by PrepareGroupedGemm.
@@ -74,7 +71,8 @@ GroupedTiling ChooseGroupedTiling(const GroupedGemmDevice& device, const Grouped
 
 // out[i, :] = activation(x[i, :] * w[e]^T) for the rows i of each expert e. f32 sums, rounded to out_dtype once.
 // Bytes: each w[e] that has rows, once per 256 of its rows or fewer; 2 * rows * n * k FLOP (twice that if gated).
-// cudaErrorInvalidValue where a condition above is broken. May be captured in a graph.
+// Launched with programmatic dependent launch, and reads w before the kernels before it have ended: they must not write
+// w. cudaErrorInvalidValue where a condition above is broken. May be captured in a graph.
 cudaError_t GroupedGemm(const GroupedGemmDevice& device, const GroupedGemmArgs& args, cudaStream_t stream);
 
 }  // namespace soloist::cuda

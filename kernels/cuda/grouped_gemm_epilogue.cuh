@@ -105,10 +105,10 @@ __device__ __forceinline__ void StoreProduct(const GroupedKernelParams& params, 
     for (int i = 0; i < N / 16; ++i) StoreFloats(params, me, unit, column, i * 16, acc + i * 8);
     return;
   }
-  constexpr int kRows = Variant::kChunkRows;
+  constexpr int kRows = kGroupedChunkRows;
 #pragma unroll
   for (int chunk = 0; chunk < N / kRows; ++chunk) {
-    const uint32_t at = me.staging_at + (params.staging_buffers == 2 ? (chunk & 1) * Variant::kStagingBytes : 0);
+    const uint32_t at = me.staging_at + (params.staging_buffers == 2 ? (chunk & 1) * kGroupedStagingBytes : 0);
     if (me.thread == 0) {
       // The last store from this area has read it.
       if (params.staging_buffers == 2) {

@@ -8,7 +8,7 @@
 // Each block reads its weights itself; each block of a cluster reads a share of the x rows and sends it to all.
 // Units are dealt round-robin to the resident clusters. If there are so few that `splits` clusters can share each one,
 // they do: each takes a part of k, writes its sums to `partials` and finishes a share of the rows, adding the parts in
-// order. Launch: see GroupedVariant; one block per SM, all of them resident.
+// order. Launch: 384 threads, up to 227 KB of shared memory, one block per SM at most, all of them resident.
 //
 // Weights are read through one five-dimensional tensor map for all experts: {64 columns, start, 8 rows, 2 halves,
 // groups}, where `start` counts 128-byte steps from the lowest w[e], so that it names both the expert and the block of
@@ -120,7 +120,7 @@ __device__ __forceinline__ void ComputeUnit(const GroupedKernelParams& params, c
   for (int j = own_begin; j < own_end; j += 2) {
     float sum[8];
     for (float& value : sum) value = -0.0f;  // the zero that changes no bit of what is added
-#pragma unroll(Variant::kMaxRows == 64 ? 2 : 4)
+#pragma unroll 4
     for (int s = 0; s < split.count; ++s) {
       const float4* const from = received + s * split.block_stride * kGroupedPartials + j * kConsumers;
       const bool own = s == split.index;
@@ -132,7 +132,7 @@ __device__ __forceinline__ void ComputeUnit(const GroupedKernelParams& params, c
     if constexpr (Variant::kFloat) {
       StoreFloats(params, me, unit, column, j * 8, sum);
     } else {
-      constexpr int kSlots = Variant::kChunkRows / 16;
+      constexpr int kSlots = kGroupedChunkRows / 16;
       const int place = (j - own_begin) / 2;
       const int slot = place % kSlots;
       StageRows<Variant>(me, me.staging_at, slot, sum);
@@ -147,14 +147,14 @@ __device__ __forceinline__ void ComputeUnit(const GroupedKernelParams& params, c
 }
 
 template <typename Variant>
-__global__ void __launch_bounds__(Variant::kThreads, Variant::kBlocksPerSm)
+__global__ void __launch_bounds__(kGroupedThreads, 1)
     GroupedGemmKernel(const __grid_constant__ CUtensorMap w_map, const __grid_constant__ CUtensorMap x_map,
                       const __grid_constant__ CUtensorMap out_map, const __grid_constant__ GroupedKernelParams params) {
   extern __shared__ __align__(1024) uint8_t memory[];
   const uint32_t stage_bytes = kGroupedWeightBytes + params.row_tile * 128;
   const uint32_t stages_at = ptx::SharedAddress(memory);
   const uint32_t staging_at = stages_at + params.stages * stage_bytes;
-  const uint32_t staging_bytes = params.staging_buffers * Variant::kStagingBytes;
+  const uint32_t staging_bytes = params.staging_buffers * kGroupedStagingBytes;
   GroupedShared& shared = *reinterpret_cast<GroupedShared*>(memory + params.stages * stage_bytes + 2 * staging_bytes);
   const uint32_t full_at = ptx::SharedAddress(shared.full);
   const uint32_t empty_at = ptx::SharedAddress(shared.empty);
@@ -164,7 +164,8 @@ __global__ void __launch_bounds__(Variant::kThreads, Variant::kBlocksPerSm)
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
 
-  PdlTrigger();
+  // No PdlTrigger: beside a block of this size hardly another fits, and measured in a decode step, early blocks of the
+  // next kernel cost more than they gain. It starts when all blocks have left.
   if (stages_at % 1024 != 0) __trap();  // what the swizzles need
   const auto init_barriers = [&] {
 #pragma unroll 1
@@ -249,7 +250,7 @@ __global__ void __launch_bounds__(Variant::kThreads, Variant::kBlocksPerSm)
   UnitCursor unit(params, shared);
   Ring ring;
   if (warp >= kGroupedConsumers / 32) {
-    if constexpr (Variant::kBlocksPerSm == 1) ptx::ShrinkRegisters<40>();
+    ptx::ShrinkRegisters<40>();
     if (threadIdx.x == kGroupedConsumers) {
       const uint16_t everyone = (1 << params.multicast) - 1;
       const uint32_t box_bytes = params.x_box_rows * 128;
@@ -282,7 +283,7 @@ __global__ void __launch_bounds__(Variant::kThreads, Variant::kBlocksPerSm)
     }
     __syncwarp();
   } else {
-    if constexpr (Variant::kBlocksPerSm == 1) ptx::GrowRegisters<232>();
+    ptx::GrowRegisters<232>();
     Consumer me;
     me.stages_at = stages_at;
     me.full_at = full_at;
@@ -297,16 +298,14 @@ __global__ void __launch_bounds__(Variant::kThreads, Variant::kBlocksPerSm)
     for (; unit.Seek(index); index += step) {
       const int column = ((unit.weight_unit * params.multicast + rank) * 2 + me.group) * (Variant::kGated ? 32 : 64);
       const bool last = index + step >= units;
-      if (Variant::kMaxRows == 64 || unit.rows <= 64) {
+      if (unit.rows <= 64) {
         ComputeUnit<Variant, 64>(params, me, ring, unit, column, blocks, split, last);
-      } else if constexpr (Variant::kMaxRows == 256) {
-        if (unit.rows <= 128) {
-          ComputeUnit<Variant, 128>(params, me, ring, unit, column, blocks, split, last);
-        } else if (unit.rows <= 192) {
-          ComputeUnit<Variant, 192>(params, me, ring, unit, column, blocks, split, last);
-        } else {
-          ComputeUnit<Variant, 256>(params, me, ring, unit, column, blocks, split, last);
-        }
+      } else if (unit.rows <= 128) {
+        ComputeUnit<Variant, 128>(params, me, ring, unit, column, blocks, split, last);
+      } else if (unit.rows <= 192) {
+        ComputeUnit<Variant, 192>(params, me, ring, unit, column, blocks, split, last);
+      } else {
+        ComputeUnit<Variant, 256>(params, me, ring, unit, column, blocks, split, last);
       }
     }
     if (me.thread == 0) ptx::StoreWaitAll();

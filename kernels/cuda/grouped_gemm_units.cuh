@@ -8,24 +8,21 @@
 
 namespace soloist::cuda {
 
-inline constexpr int kGroupedConsumers = 256;  // threads
+inline constexpr int kGroupedConsumers = 256;                    // threads
+inline constexpr int kGroupedThreads = kGroupedConsumers + 128;  // and the producer's warp group
 inline constexpr int kGroupedMaxStages = 8;
 inline constexpr int kGroupedMaxSplits = 8;
-inline constexpr int kGroupedWeightBytes = 128 * 128;  // of a stage
-inline constexpr int kGroupedPartials = 32 * 256;      // float4 of one block
+inline constexpr int kGroupedWeightBytes = 128 * 128;                 // of a stage
+inline constexpr int kGroupedChunkRows = 64;                          // of out, that a consumer stages at a time
+inline constexpr int kGroupedStagingBytes = kGroupedChunkRows * 128;  // 64 columns
+inline constexpr int kGroupedPartials = 32 * 256;                     // float4 of one block
 
-// One instantiation of the kernel. kMaxRows 256: a block has an SM to itself. kMaxRows 64: two blocks of successive
-// kernels share an SM, so that the later one's stages fill while the earlier one ends.
-template <GroupedActivation kActivationValue, bool kFloatOut, int kMaxRowsValue>
+// One instantiation of the kernel.
+template <GroupedActivation kActivationValue, bool kFloatOut>
 struct GroupedVariant {
   static constexpr GroupedActivation kActivation = kActivationValue;
   static constexpr bool kGated = kActivation == GroupedActivation::kSiluGated;
   static constexpr bool kFloat = kFloatOut;
-  static constexpr int kMaxRows = kMaxRowsValue;
-  static constexpr int kBlocksPerSm = kMaxRows == 64 ? 2 : 1;
-  static constexpr int kThreads = kGroupedConsumers + (kBlocksPerSm == 1 ? 128 : 32);  // a producer group or warp
-  static constexpr int kChunkRows = kMaxRows == 64 ? 32 : 64;  // of out, that a consumer stages at a time
-  static constexpr int kStagingBytes = kChunkRows * 128;       // 64 columns
 };
 
 struct GroupedKernelParams {

@@ -18,7 +18,7 @@ cd "$root" || exit 2
 libraries=$here/lib:/usr/local/cuda/lib64
 for wanted in libcublasLt.so.13 libcudnn.so.9; do
   [[ -e /usr/local/cuda/lib64/$wanted ]] && continue
-  found=$(find / -xdev -name "$wanted" -not -path '/proc/*' 2>/dev/null | head -n 1)
+  found=$(find / -xdev -name "$wanted" -not -path '/proc/*' 2>/dev/null | sort | head -n 1)
   [[ -n $found ]] && libraries+=:$(dirname "$found")
 done
 export LD_LIBRARY_PATH=$libraries${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
