@@ -18,7 +18,7 @@ def text(x, y, what, size=12, anchor="start"):
 def bars(cases, out, top):
     """A bar per case: its groups one after the other (measured one by one, without overlap), then step and floor."""
     longest = max(max(sum(c["decode"]["group_us"].values()), c["decode"]["step_ms"] * 1e3) for c in cases)
-    scale = (WIDTH - LEFT - 20) / longest
+    scale = (WIDTH - LEFT - 90) / longest
     groups = list(dict.fromkeys(g for c in cases for g in c["decode"]["group_us"]))
     for i, group in enumerate(groups):
         x, y = LEFT + (i % 5) * 140, top + 16 * (i // 5)
@@ -43,8 +43,8 @@ def bars(cases, out, top):
 def ratios(cases, out, top):
     """Step time over floor against context, a line per batch."""
     height, widest = 200, max(c["prompt_length"] for c in cases)
-    most = max(1.3, max(c["decode"]["ratio"] for c in cases))
-    place = lambda c: (LEFT + c["prompt_length"] / widest * (WIDTH - LEFT - 60),
+    most = max(1.3, 1.05 * max(c["decode"]["ratio"] for c in cases))
+    place = lambda c: (LEFT + c["prompt_length"] / widest * (WIDTH - LEFT - 130),
                        top + height - (c["decode"]["ratio"] - 1) / (most - 1) * height)
     out.append(text(LEFT, top - 10, "decode step / floor against context (tokens)", 13))
     for tick in range(5):
