@@ -20,7 +20,7 @@ Gpu& GpuFor(const AttentionShape& shape) {
 void TestAttention(const char* name, const std::vector<AttentionShape>& shapes, const std::vector<Sequences>& batches,
                    int64_t pairs, Stale stale = Stale::kLarge) {
   Random random;
-  Errors errors(name, Errors::kBf16);
+  Errors errors(name, Errors::kAttention);
   for (const AttentionShape& shape : shapes) {
     for (const Sequences& sequences : batches) {
       const AttentionCase attention(GpuFor(shape), shape, sequences, random, stale);

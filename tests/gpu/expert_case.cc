@@ -19,14 +19,17 @@ ExpertSet::ExpertSet(Gpu& gpu, const ModelSizes& sizes, Random& random)
 }
 
 ExpertCase::ExpertCase(Gpu& gpu, const ExpertSet& experts, const std::vector<std::vector<SourceRows>>& rows,
-                       Random& random, std::string name)
+                       Random& random, std::string name, Layout layout)
     : gpu_(gpu), experts_(experts), name_(std::move(name)) {
   EXPECT_EQ(std::ssize(rows), experts.num_experts()) << name_;
   std::vector<std::vector<int64_t>> begin(rows.size(), std::vector<int64_t>(rows[0].size()));
   int64_t at = 0;
   for (size_t s = 0; s < rows[0].size(); ++s) {
-    ++at;  // a gap, as a header is
-    for (size_t e = 0; e < rows.size(); ++e) begin[e][s] = at, at += rows[e][s].capacity;
+    if (layout == Layout::kApart) ++at;  // a gap, as a header is
+    for (size_t e = 0; e < rows.size(); ++e) {
+      begin[e][s] = at;
+      at += layout == Layout::kApart ? rows[e][s].capacity : rows[e][s].count;
+    }
   }
   row_expert_.assign(at, -1);
   std::vector<int32_t> counts, begins;
@@ -47,6 +50,12 @@ ExpertCase::ExpertCase(Gpu& gpu, const ExpertSet& experts, const std::vector<std
       groups_.push_back({static_cast<int32_t>(e), begins[i], rows[e][s].capacity, counts_->data() + i});
     }
   }
+  if (layout == Layout::kPacked) {
+    EXPECT_EQ(rows[0].size(), 1u) << name_;
+    std::vector<int32_t> offsets = begins;
+    offsets.push_back(static_cast<int32_t>(at));
+    offsets_ = std::make_unique<DeviceArray<int32_t>>(gpu, offsets);
+  }
   x_ = random.NormalBf16(at * hidden());
   for (int64_t r = 0; r < at; ++r) {
     if (row_expert_[r] < 0) std::memset(static_cast<void*>(&x_[r * hidden()]), 0xFF, hidden() * 2);
@@ -55,7 +64,7 @@ ExpertCase::ExpertCase(Gpu& gpu, const ExpertSet& experts, const std::vector<std
 }
 
 std::vector<BFloat16> ExpertCase::RunGroups(const Tensor& x, const std::vector<ExpertRows>& groups,
-                                            int64_t expected_rows) const {
+                                            int64_t expected_rows, const int32_t* row_offsets) const {
   const auto scratch = DeviceArray<BFloat16>::Poisoned(gpu_, x.rows * experts_.in_rows());
   const auto out = DeviceArray<BFloat16>::Poisoned(gpu_, x.rows * hidden());
   gpu_.ops().ExpertMlp({.x = x,
@@ -65,6 +74,7 @@ std::vector<BFloat16> ExpertCase::RunGroups(const Tensor& x, const std::vector<E
                         .w_out = experts_.w_out_tensors.data(),
                         .num_experts = experts_.num_experts(),
                         .activation = experts_.gated ? Activation::kSiluGated : Activation::kGelu,
+                        .row_offsets = row_offsets,
                         .expected_rows = expected_rows,
                         .scratch = scratch.View(x.rows, experts_.in_rows()),
                         .out = out.View(x.rows, hidden())},
@@ -81,13 +91,14 @@ std::vector<BFloat16> ExpertCase::Run(int64_t expected_rows, Begin begin) const 
       groups[i].row_begin_on_device = begins_->data() + i;
     }
   }
-  return RunGroups(x_device_->View(std::ssize(row_expert_), hidden()), groups, expected_rows);
+  return RunGroups(x_device_->View(std::ssize(row_expert_), hidden()), groups, expected_rows,
+                   offsets_ != nullptr ? offsets_->data() : nullptr);
 }
 
 std::vector<BFloat16> ExpertCase::RunRowAlone(int64_t row) const {
   const DeviceArray<int32_t> one(gpu_, {1});
   const ExpertRows group = {row_expert_[row], 0, 1, one.data()};
-  return RunGroups(x_device_->View(std::ssize(row_expert_), hidden()).Rows(row, 1), {group}, 1);
+  return RunGroups(x_device_->View(std::ssize(row_expert_), hidden()).Rows(row, 1), {group}, 1, nullptr);
 }
 
 void ExpertCase::Check(const std::vector<BFloat16>& out, int64_t rows, int64_t columns, Random& random, Errors& errors,

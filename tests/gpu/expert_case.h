@@ -30,13 +30,15 @@ struct SourceRows {
   int count, capacity;
 };
 
-// Rows lie source after source, in each expert after expert, `capacity` rows each with gaps between, so one expert's
-// groups are far apart; rows beyond a count are NaN.
+// kApart: rows lie source after source, in each expert after expert, `capacity` rows each with gaps between, so one
+// expert's groups are far apart; rows beyond a count are NaN. kPacked: one source, expert after expert without gaps,
+// and the call says so (ExpertMlpArgs::row_offsets).
 class ExpertCase {
  public:
+  enum class Layout { kApart, kPacked };
   // rows[expert][source].
   ExpertCase(Gpu& gpu, const ExpertSet& experts, const std::vector<std::vector<SourceRows>>& rows, Random& random,
-             std::string name);
+             std::string name, Layout layout = Layout::kApart);
 
   enum class Begin { kOnHost, kOnDevice };
   // Into a poisoned output between guard zones.
@@ -53,7 +55,8 @@ class ExpertCase {
   const std::string& name() const { return name_; }
 
  private:
-  std::vector<BFloat16> RunGroups(const Tensor& x, const std::vector<ExpertRows>& groups, int64_t expected_rows) const;
+  std::vector<BFloat16> RunGroups(const Tensor& x, const std::vector<ExpertRows>& groups, int64_t expected_rows,
+                                  const int32_t* row_offsets) const;
 
   Gpu& gpu_;
   const ExpertSet& experts_;
@@ -63,7 +66,7 @@ class ExpertCase {
   std::vector<int32_t> row_expert_;  // [rows of x]; -1: none
   std::vector<BFloat16> x_;
   std::unique_ptr<DeviceArray<BFloat16>> x_device_;
-  std::unique_ptr<DeviceArray<int32_t>> counts_, begins_;
+  std::unique_ptr<DeviceArray<int32_t>> counts_, begins_, offsets_;
 };
 
 }  // namespace soloist

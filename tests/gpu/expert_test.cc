@@ -73,6 +73,33 @@ TEST(ExpertMlpTest, Small) {
   TestExperts(small, cases(2), 1000, 1000, random, errors);
   TestExperts(kOddSizes, cases(kOddSizes.experts), 1000, 1000, random, errors);
 }
+// Rows without gaps: all experts on one rank alone, or one expert with many rows.
+void TestPacked(ModelSizes sizes, const std::vector<int>& counts, Random& random, Errors& errors) {
+  sizes.experts = static_cast<int>(counts.size());
+  Gpu& gpu = Gpu::For(LimitsOf(sizes));
+  const ExpertSet experts(gpu, sizes, random);
+  Rows rows;
+  for (const int count : counts) rows.push_back({{count, count}});
+  const ExpertCase packed(gpu, experts, rows, random, Text("%s packed, %d experts", sizes.name, sizes.experts),
+                          ExpertCase::Layout::kPacked);
+  for (const int64_t expected : {packed.total_rows(), int64_t{0}, int64_t{8192}}) {
+    packed.Check(packed.Run(expected, ExpertCase::Begin::kOnHost), 40, 100, random, errors, "begins on host");
+    packed.Check(packed.Run(expected, ExpertCase::Begin::kOnDevice), 40, 100, random, errors, "begins on device");
+  }
+}
+TEST(ExpertMlpTest, SmallPacked) {
+  Random random;
+  Errors errors("ExpertMlp packed", Errors::kBf16);
+  TestPacked(kTinySizes, {3, 0, 1, 9}, random, errors);
+}
+TEST(ExpertMlpTest, Packed) {
+  Random random;
+  Errors errors("ExpertMlp packed", Errors::kBf16);
+  for (const ModelSizes& sizes : {kTinySizes, kSmallSizes, kOddSizes, kBenchSizes}) {
+    TestPacked(sizes, {0, 1, 70, 0, 8, 300, 64, 2}, random, errors);
+    for (const int count : {1, 200, 1024, 1500}) TestPacked(sizes, {count}, random, errors);
+  }
+}
 TEST(ExpertMlpTest, Models) {
   Random random;
   Errors errors("ExpertMlp", Errors::kBf16);

@@ -171,11 +171,13 @@ void Gpu::Synchronize(const std::string& what) {
 }
 
 Errors::~Errors() {
+  const double rms = std::sqrt(square_sum_ / static_cast<double>(std::max<int64_t>(rows_, 1)));
   std::printf(
       "  %-28s %7lld rows: error per row %.2e rms, %.2e worst (bound %.1e) at %s; worst element %.2f of its bound\n",
-      name_.c_str(), static_cast<long long>(rows_),
-      std::sqrt(square_sum_ / static_cast<double>(std::max<int64_t>(rows_, 1))), worst_, bounds_.row,
-      worst_what_.c_str(), worst_element_);
+      name_.c_str(), static_cast<long long>(rows_), rms, worst_, bounds_.row, worst_what_.c_str(), worst_element_);
+  if (bounds_.rms > 0) {
+    EXPECT_LE(rms, bounds_.rms) << name_ << ": all rows together";
+  }
   if (failures_ > 3) std::printf("  %s: %lld rows failed in all\n", name_.c_str(), static_cast<long long>(failures_));
 }
 

@@ -66,7 +66,7 @@ void TestAttention(const AttentionShape& shape, const std::vector<SequenceShape>
   Gpu& gpu = Gpu::For(LimitsOf(sizes), true);
   const AttentionCase attention(gpu, shape, sequences, random);
   const auto all = attention.Run();
-  Errors errors("attention, deterministic", Errors::kBf16);
+  Errors errors("attention, deterministic", Errors::kAttention);
   attention.Check(all, 500, random, errors);
   const int count = static_cast<int>(sequences.size());
   for (int s = 0; s < count; ++s) {

@@ -69,13 +69,13 @@ void TestLinear(const ModelSizes& sizes, const std::vector<LinearShape>& shapes)
 
 TEST(LinearTest, Small) {
   TestLinear(kTinySizes, {{512, 256, {0, 1, 3, 8, 17}}, {256, 256, {1, 33, 65, 130}}, {1000, 256, {1, 5}}});
-  TestLinear(kOddSizes, {{8, 8, {1, 2}}, {264, 264, {1, 9, 31, 70}}, {24, 264, {7}}});
+  TestLinear(kOddSizes, {{16, 64, {1, 2}}, {336, 320, {1, 9, 31, 70}}, {48, 320, {7}}});
 }
 TEST(LinearTest, EveryRowCount) {
   std::vector<int> rows;
   for (int m = 1; m <= 70; ++m) rows.push_back(m);
   for (const int m : {96, 127, 128, 129, 200, 255, 256, 257, 300}) rows.push_back(m);
-  TestLinear(kBenchSizes, {{2048, 1024, rows}, {1024, 1032, rows}});
+  TestLinear(kBenchSizes, {{2048, 1024, rows}, {1024, 1088, rows}});
 }
 TEST(LinearTest, Models) {
   TestLinear(kTinySizes, {{4096, 256, {1, 2, 64, 300, 2048}}, {512, 256, {2048}}});

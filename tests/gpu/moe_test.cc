@@ -171,7 +171,6 @@ void TestDispatch(const std::vector<DispatchCase>& cases) {
     const auto x = random.NormalBf16(n * hidden);
     const DeviceArray<BFloat16> x_d(gpu, x);
     const DeviceArray<int32_t> experts_d(gpu, experts), order_d(gpu, order);
-    const DeviceArray<int64_t> base_d(gpu, base);
     const auto slots_d = DeviceArray<int32_t>::Poisoned(gpu, n * top_k);
     const auto counts_d = DeviceArray<int32_t>::Poisoned(gpu, num_experts);
     const auto begins_d = DeviceArray<int32_t>::Poisoned(gpu, std::ssize(begins));
@@ -179,16 +178,15 @@ void TestDispatch(const std::vector<DispatchCase>& cases) {
     const int64_t header_rows = c.headers > 0 ? (num_experts * 4 + hidden * 2 - 1) / (hidden * 2) : 0;
     const int64_t chunk_rows = dst_rows + header_rows;
     const auto dst_d = DeviceArray<BFloat16>::Poisoned(gpu, chunk_rows * std::max(1, c.headers) * hidden);
-    std::vector<int64_t> shifted = base;
-    for (int64_t& b : shifted) b += header_rows;
+    for (int64_t& b : base) b += header_rows;
     if (header_rows > 0) {
       for (int32_t& s : slots) s += s >= 0 ? static_cast<int32_t>(header_rows) : 0;
       for (int32_t& b : begins) b += static_cast<int32_t>(header_rows);
     }
-    const DeviceArray<int64_t> shifted_d(gpu, shifted);
+    const DeviceArray<int64_t> base_d(gpu, base);
     gpu.ops().DispatchRows({.x = x_d.View(n, hidden),
                             .experts = experts_d.View(n, top_k),
-                            .base = c.masked ? shifted_d.data() : nullptr,
+                            .base = c.masked ? base_d.data() : nullptr,
                             .order = c.masked ? nullptr : order_d.data(),
                             .num_experts = c.experts,
                             .slots = slots_d.View(n, top_k),

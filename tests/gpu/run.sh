@@ -35,7 +35,7 @@ failed=0
 table=""
 # suite NAME SECONDS COMMAND...: runs it; adds its tests to the totals, and one failure if it did not end by itself.
 suite() {
-  local name=$1 limit=$2 log="$logs/$1.log" begin=$SECONDS status ok bad note=""
+  local name=$1 limit=$2 log="$logs/${1// /_}.log" begin=$SECONDS status ok bad note=""
   shift 2
   timeout -k 5 "$limit" "$@" >"$log" 2>&1
   status=$?
@@ -48,8 +48,10 @@ suite() {
   fi
   passed=$((passed + ok))
   failed=$((failed + bad))
-  table+=$(printf '%-34s %4d passed %3d failed %4d s  %s' "$name" "$ok" "$bad" $((SECONDS - begin)) "$note")$'\n'
-  echo "== $name"
+  local line
+  line=$(printf '%-34s %4d passed %3d failed %4d s  %s' "$name" "$ok" "$bad" $((SECONDS - begin)) "$note")
+  table+=$line$'\n'
+  echo "== $line"
   grep -E '^  |^inputs:' "$log" | cut -c 1-240 | head -n 60
   if ((bad > 0)); then
     echo "-- $name: failures"
@@ -57,8 +59,20 @@ suite() {
   fi
 }
 
-ops_suites="EmbedTest AddRmsNormTest GatherRowsTest FillUniformTest RopeAppendKvTest LinearTest PagedAttentionTest
-  RouteTest DispatchRowsTest CombineRowsTest ExpertMlpTest SampleTest RowIndependenceTest"
+ops_suites="PrepareTest EmbedTest AddRmsNormTest GatherRowsTest FillUniformTest CopyBytesTest RopeAppendKvTest LinearTest
+  PagedAttentionTest RouteTest DispatchRowsTest CombineRowsTest ExpertMlpTest SampleTest RowIndependenceTest"
+
+# sanitize TOOL OPTION...: the small tests under compute-sanitizer, in short runs: one that hangs loses its own log only.
+sanitize() {
+  local tool=$1 name
+  shift
+  for name in Embed,AddRmsNorm,GatherRows,FillUniform,CopyBytes,RopeAppendKv Route,DispatchRows,CombineRows Sample Linear \
+    ExpertMlp PagedAttention RowIndependence; do
+    suite "$tool ${name%%,*}" 25 "$sanitizer" --tool "$tool" "$@" --error-exitcode 9 --print-limit 10 \
+      "$here/cuda_ops_test" --gtest_filter="${name//,/Test.*Small*:}Test.*Small*"
+  done
+}
+
 for part in $parts; do
   case $part in
     ops)
@@ -70,12 +84,10 @@ for part in $parts; do
       done
       ;;
     memcheck)
-      suite memcheck 90 "$sanitizer" --tool memcheck --error-exitcode 9 --print-limit 10 \
-        "$here/cuda_ops_test" --gtest_filter='*Small*'
+      sanitize memcheck
       ;;
     racecheck)
-      suite racecheck 90 "$sanitizer" --tool racecheck --racecheck-report all --error-exitcode 9 --print-limit 10 \
-        "$here/cuda_ops_test" --gtest_filter='*Small*'
+      sanitize racecheck --racecheck-report all
       ;;
     *)
       echo "unknown part $part: ops, parity, memcheck, racecheck" >&2
