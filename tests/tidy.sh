@@ -17,7 +17,7 @@ check() {
     kernels/cpu/simd_bf16.cc) extra=(-mavx512f -mavx512bw -mavx512vl -mavx512bf16) ;;
     kernels/cuda/* | kernels/backend_with_cuda.cc)
       [[ -d /usr/local/cuda/include ]] || return 0
-      extra=(-isystem/usr/local/cuda/include -isystemthird_party/.wheels/cudnn_frontend/include)
+      extra=(-isystem/usr/local/cuda/include -isystemthird_party/.wheels/cudnn_frontend/include -DNV_CUDNN_FRONTEND_USE_DYNAMIC_LOADING)
       ;;
     *) ;;
   esac

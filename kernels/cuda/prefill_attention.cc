@@ -94,13 +94,10 @@ class Plan {
           .set_intermediate_data_type(fe::DataType_t::FLOAT)
           .set_compute_data_type(fe::DataType_t::FLOAT);
       using Dims = std::vector<int64_t>;
-      const auto tensor = [&](Uid uid, const char* name, fe::DataType_t type, Dims dim, Dims stride) {
-        return graph.tensor(fe::graph::Tensor_attributes()
-                                .set_uid(uid)
-                                .set_name(name)
-                                .set_data_type(type)
-                                .set_dim(std::move(dim))
-                                .set_stride(std::move(stride)));
+      const auto tensor = [&](Uid uid, const char* name, fe::DataType_t type, const Dims& dim, const Dims& stride) {
+        return graph.tensor(
+            fe::graph::Tensor_attributes().set_uid(uid).set_name(name).set_data_type(type).set_dim(dim).set_stride(
+                stride));
       };
       const int64_t b = s.slots, h = s.num_heads, d = s.head_dim, width = s.table_width;
       const int64_t head = static_cast<int64_t>(s.block_size) * d;
