@@ -146,27 +146,26 @@ int64_t Worker::CapacityOf(int64_t max_home_tokens) const {
   return bucket == buckets_.end() ? max_home_tokens : *bucket;
 }
 
+PlanRoom Worker::GraphRoom(int64_t rows) const {
+  return {.tokens = rows,
+          .sequences = rows,
+          .max_blocks = (options_.limits.max_model_len + options_.limits.block_size - 1) / options_.limits.block_size,
+          .logit_rows = rows,
+          .bias = kGraphBias,
+          .history = kGraphHistory};
+}
+
 absl::Status Worker::WarmUp(const std::function<void(int, int)>& on_progress) {
   RETURN_IF_ERROR(device_->BindThread());
-  const auto graph_room = [this](int64_t rows) {
-    const int64_t blocks =
-        (options_.limits.max_model_len + options_.limits.block_size - 1) / options_.limits.block_size;
-    return PlanRoom{.tokens = rows,
-                    .sequences = rows,
-                    .max_blocks = blocks,
-                    .logit_rows = rows,
-                    .bias = kGraphBias,
-                    .history = kGraphHistory};
-  };
   if (buckets_.empty()) return absl::OkStatus();
-  const int64_t plan_bytes = StagedPlan::Layout(graph_room(buckets_.back())).words * 4;
+  const int64_t plan_bytes = StagedPlan::Layout(GraphRoom(buckets_.back())).words * 4;
   ASSIGN_OR_RETURN(graph_plan_, device_->Allocate(plan_bytes));
   for (Slot& slot : slots_) RETURN_IF_ERROR(Grow(slot.plan, plan_bytes, &Device::AllocatePinned, *device_));
 
   int done = 0;
   for (const int64_t bucket : buckets_) {
     // A plan of padding alone: the ops run once, so that what they load or build on first use is there.
-    StagedPlan staged = StagedPlan::Layout(graph_room(bucket));
+    StagedPlan staged = StagedPlan::Layout(GraphRoom(bucket));
     Stage(HomePlan(), staged, static_cast<int32_t*>(slots_[0].plan.data()));
     staged.num_decodes = static_cast<int>(bucket);
     staged.max_query_rows = 1;
@@ -209,16 +208,7 @@ absl::Status Worker::Enqueue(Slot& slot, const HomePlan& plan) {
   const bool decodes_only = plan.num_tokens() == plan.num_sequences();
   const bool as_graph = found != graphs_.end() && decodes_only && slot.return_logits.empty() && !profiled &&
                         room.bias <= kGraphBias && room.history <= kGraphHistory;
-  if (as_graph) {
-    const int64_t blocks =
-        (options_.limits.max_model_len + options_.limits.block_size - 1) / options_.limits.block_size;
-    room = {.tokens = capacity,
-            .sequences = capacity,
-            .max_blocks = blocks,
-            .logit_rows = capacity,
-            .bias = kGraphBias,
-            .history = kGraphHistory};
-  }
+  if (as_graph) room = GraphRoom(capacity);
   slot.staged = StagedPlan::Layout(room);
   slot.staged.capacity = capacity;
   const int64_t layout_bytes = slot.staged.words * 4;
@@ -313,8 +303,6 @@ void Worker::MarkGroup(Slot& slot, const char* group) {
   }
   device_->Record(*slot.group_ends[slot.groups.size() - 1], *stream_);
 }
-
-bool Worker::OldestDone() const { return EventsOf(finished_).end->Done(); }
 
 absl::StatusOr<HomeResult> Worker::Finish() {
   Slot& slot = slots_[finished_ % kMaxInFlight];

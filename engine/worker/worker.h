@@ -50,8 +50,8 @@ class KvArena {
   Buffer memory_;
 };
 
-// Submit, Execute and WarmUp: the rank's own thread. Finish and OldestDone: any one thread at a time, after the
-// Submit that they belong to. `shared` must outlive it (other ranks read it too).
+// Submit, Execute and WarmUp: the rank's own thread. Finish: any one thread at a time, after the Submit that it belongs
+// to. `shared` must outlive it (other ranks read it too).
 class Worker {
  public:
   static constexpr int kMaxInFlight = 2;
@@ -71,8 +71,6 @@ class Worker {
   // INVALID_ARGUMENT for a bad plan: then nothing was enqueued, and the caller must abort the group, since the other
   // ranks are waiting. Other errors are the communicator's or the device's.
   absl::Status Submit(const HomePlan& plan);
-  // Whether the oldest submitted step has ended: Finish will not block.
-  bool OldestDone() const;
   // Waits for the oldest submitted step. An error is final.
   absl::StatusOr<HomeResult> Finish();
   // Submit and Finish.
@@ -105,6 +103,7 @@ class Worker {
   Worker() = default;
   absl::Status Allocate();
   int64_t CapacityOf(int64_t max_home_tokens) const;
+  PlanRoom GraphRoom(int64_t rows) const;
   absl::Status Enqueue(Slot& slot, const HomePlan& plan);
   // The device's part of a step whose plan lies at `plan`.
   absl::Status EnqueueOps(const StagedPlan& staged, const int32_t* plan, float* raw_logits);
