@@ -162,6 +162,7 @@ absl::Status Worker::WarmUp(const std::function<void(int, int)>& on_progress) {
   ASSIGN_OR_RETURN(graph_plan_, device_->Allocate(plan_bytes));
   for (Slot& slot : slots_) RETURN_IF_ERROR(Grow(slot.plan, plan_bytes, &Device::AllocatePinned, *device_));
 
+  RETURN_IF_ERROR(WarmUpChunk());
   int done = 0;
   for (const int64_t bucket : buckets_) {
     // A plan of padding alone: the ops run once, so that what they load or build on first use is there.
@@ -178,6 +179,28 @@ absl::Status Worker::WarmUp(const std::function<void(int, int)>& on_progress) {
     ASSIGN_OR_RETURN(graphs_[bucket], device_->Capture(*stream_, [&] { return EnqueueOps(staged, plan, nullptr); }));
     if (on_progress) on_progress(++done, static_cast<int>(buckets_.size()));
   }
+  return stream_->Synchronize();
+}
+
+// A chunk of two rows that is kept nowhere: what prompts load or build on first use is there then.
+absl::Status Worker::WarmUpChunk() {
+  if (options_.limits.max_tokens < 2 || options_.limits.max_model_len < 2) return absl::OkStatus();
+  HomePlanParts parts;
+  parts.token_ids = {0, 0};
+  parts.positions = {0, 1};
+  parts.slot_mapping = {-1, -1};
+  parts.query_starts = {0, 2};
+  parts.seq_lens = {2};
+  parts.max_blocks = options_.limits.block_size == 1 ? 2 : 1;
+  parts.block_tables.assign(parts.max_blocks, 0);
+  parts.logit_rows = {1};
+  parts.sampling = {SamplingRow()};
+  const HomePlan plan(parts, 0, 2, 0);
+  StagedPlan staged = StagedPlan::Layout(RoomOf(plan));
+  staged.capacity = CapacityOf(2);
+  Stage(plan, staged, static_cast<int32_t*>(slots_[0].plan.data()));
+  device_->Copy(graph_plan_.data(), slots_[0].plan.data(), staged.words * 4, *stream_);
+  RETURN_IF_ERROR(EnqueueOps(staged, static_cast<const int32_t*>(graph_plan_.data()), nullptr));
   return stream_->Synchronize();
 }
 

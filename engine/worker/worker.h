@@ -64,7 +64,7 @@ class Worker {
   // The KV cache, once the memory that is left after everything else is known; sets the limits' num_blocks. Create does
   // it where the limits have them already.
   absl::Status AllocateKv(int32_t num_blocks);
-  // Captures the graphs, if the device can; `on_progress(done, all)` now and then.
+  // Captures the graphs, if the device can, after a first chunk; `on_progress(done, all)` now and then.
   absl::Status WarmUp(const std::function<void(int, int)>& on_progress);
 
   // Validates this rank's part of one step and enqueues it; at most kMaxInFlight are submitted and not finished.
@@ -102,6 +102,7 @@ class Worker {
 
   Worker() = default;
   absl::Status Allocate();
+  absl::Status WarmUpChunk();
   int64_t CapacityOf(int64_t max_home_tokens) const;
   PlanRoom GraphRoom(int64_t rows) const;
   absl::Status Enqueue(Slot& slot, const HomePlan& plan);

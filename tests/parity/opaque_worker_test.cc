@@ -20,10 +20,11 @@ constexpr int kBlockSize = 8, kBlocks = 4;  // of a sequence
 constexpr int64_t kMaxTokens = 64;
 
 struct Rank {
-  Rank(const ModelConfig& config, const WeightSource& source, bool opaque, int64_t masked_max_tokens) {
+  Rank(const ModelConfig& config, const WeightSource& source, bool opaque, int64_t masked_max_tokens,
+       bool captures = false) {
     factory = CreateDeviceFactory({.kind = "cpu", .cpu_threads = 2}).value();
     auto device = factory->CreateDevice(0).value();
-    if (opaque) device = CreateOpaqueDevice(std::move(device));
+    if (opaque) device = CreateOpaqueDevice(std::move(device), captures);
     LoadProgress progress;
     std::vector<int> all(config.num_experts);
     std::iota(all.begin(), all.end(), 0);
@@ -125,6 +126,64 @@ TEST(OpaqueWorkerTest, SameBitsAsOnTheHost) {
                   plan.num_tokens() * config.experts_per_token * config.num_layers);
       }
     }
+  }
+}
+
+// Decode steps as captured graphs, padded to buckets of 1 and 3 rows, give the bits that they give one by one.
+TEST(OpaqueWorkerTest, GraphsGiveTheSameBits) {
+  const auto without_logits = [](HomePlanParts parts) {
+    for (SamplingRow& row : parts.sampling) row.return_logits = 0;
+    return parts;
+  };
+  std::vector<HomePlan> plans;
+  const auto add = [&](const HomePlanParts& parts, int32_t previous_rows) {
+    const auto tokens = static_cast<int32_t>(parts.token_ids.size());
+    plans.emplace_back(without_logits(parts), std::ssize(plans) + 1, tokens, previous_rows);
+  };
+  HomePlanParts prompts, two, one, three, mixed;
+  AddSequence(prompts, 0, 0, {1, 2, 3, 4, 5, 6, 7, 8, 9});
+  AddSequence(prompts, 1, 0, {20, 21, 22});
+  AddSequence(prompts, 2, 0, {30, 31, 32, 33});
+  add(prompts, 0);
+  AddSequence(two, 1, 3, {-2});
+  AddSequence(two, 0, 9, {-1});
+  add(two, 3);
+  AddSequence(one, 0, 10, {-2});
+  add(one, 2);
+  add(HomePlanParts{}, 1);
+  AddSequence(three, 2, 4, {5});
+  AddSequence(three, 1, 4, {6});
+  AddSequence(three, 0, 11, {7});
+  add(three, 0);
+  AddSequence(mixed, 0, 12, {-3});
+  AddSequence(mixed, 1, 5, {8, 9});
+  add(mixed, 3);
+
+  for (const char* model : {"models/tiny", "models/paper16-small"}) {
+    const ModelConfig config = LoadModelConfig(model).value();
+    const auto source = CreateDummySource(config, 18).value();
+    Rank plain(config, *source, /*opaque=*/false, kMaxTokens);
+    Rank graphs(config, *source, /*opaque=*/true, kMaxTokens, /*captures=*/true);
+    int captured = 0;
+    ASSERT_EQ(graphs.worker->WarmUp([&](int done, int all) {
+      captured = done;
+      EXPECT_EQ(all, 2);
+    }),
+              absl::OkStatus());
+    EXPECT_EQ(captured, 2);
+    const int64_t before = OpaqueGraphLaunches();
+    for (const HomePlan& plan : plans) {
+      const auto expected = plain.worker->Execute(plan), result = graphs.worker->Execute(plan);
+      ASSERT_EQ(expected.status(), absl::OkStatus());
+      ASSERT_EQ(result.status(), absl::OkStatus());
+      EXPECT_EQ(result->tokens, expected->tokens) << "step " << plan.step();
+      EXPECT_EQ(result->logprobs, expected->logprobs) << "step " << plan.step();
+      EXPECT_EQ(result->top_tokens, expected->top_tokens) << "step " << plan.step();
+      EXPECT_EQ(result->top_logprobs, expected->top_logprobs) << "step " << plan.step();
+      EXPECT_EQ(result->expert_rows, expected->expert_rows) << "step " << plan.step();
+    }
+    // Two rows, one, none, three; not the prompts and not the step with a chunk.
+    EXPECT_EQ(OpaqueGraphLaunches() - before, 4);
   }
 }
 
