@@ -210,9 +210,10 @@ void Scheduler::PackHome(Home& home, std::vector<Sequence*>& rows) {
   parts.history.clear();
   const int32_t block_size = limits_.block_size;
   // Sequences of one row first: a backend runs them by other kernels than chunks.
-  std::vector<Sequence*> planned;
-  std::ranges::copy_if(home.running, std::back_inserter(planned), [](const Sequence* s) { return s->planned > 0; });
-  std::ranges::stable_partition(planned, [](const Sequence* s) { return s->planned == 1; });
+  std::vector<Sequence*>& planned = home.planned;
+  planned.clear();
+  std::ranges::copy_if(home.running, std::back_inserter(planned), [](const Sequence* s) { return s->planned == 1; });
+  std::ranges::copy_if(home.running, std::back_inserter(planned), [](const Sequence* s) { return s->planned > 1; });
   for (const Sequence* s : planned) {
     parts.max_blocks = std::max(parts.max_blocks, BlocksFor(s->computed + s->planned, block_size));
   }

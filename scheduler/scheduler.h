@@ -82,7 +82,9 @@ class Scheduler {
     int32_t budget = 0;                        // left in the step being planned
     int32_t previous_rows = 0;
     bool blocked = false;  // its first waiting sequence found no room in the last turn
+    // Of the plan being packed; kept for their memory.
     HomePlanParts parts;
+    std::vector<Sequence*> planned;
   };
   struct InFlight {
     int64_t step = 0;
