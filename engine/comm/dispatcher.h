@@ -3,7 +3,8 @@
 // With one expert per rank the receive buffer, rank-major, is the expert's input: no permutation. No token is ever
 // dropped. Layouts, chosen alike on all ranks from the step's numbers (never by one rank alone):
 //  masked      fixed capacity per (source, expert); one all-to-all, counts travel in front of the rows; no host wait.
-//  contiguous  counts all-gather first, then exact rows; one host wait, but none for one rank; for prefill.
+//  contiguous  counts all-gather first, then exact rows; one host wait; for prefill. A rank alone always
+//              packs so, without the wait.
 // Row independence: rows travel as bytes and Combine adds a token's experts in the router's order on its home, so the
 // result does not depend on layout, R, placement or arrival.
 #ifndef SOLOIST_ENGINE_COMM_DISPATCHER_H_
@@ -33,7 +34,7 @@ struct DispatcherOptions {
   // expert_rank[e]: the rank that owns expert e. Expert e is local expert (number of e' < e with the same rank) there.
   // One map for all layers here; a map per layer becomes a Dispatch argument when placements differ.
   std::vector<int> expert_rank;
-  // kMasked while the step's capacity (the same number on all ranks) <= this; else kContiguous.
+  // kMasked while the step's capacity (the same number on all ranks) <= this; else, and for one rank, kContiguous.
   int64_t masked_max_tokens = 64;
 
   // Loopback, to measure one rank of a large group alone: > 0: this is rank 0 of so many ranks and plays them all. The

@@ -1,4 +1,4 @@
-// Paged attention for rows that are one query each: decode, and, in deterministic mode, every row of a prefill chunk.
+// Paged attention for rows that are one query each: decode. In deterministic mode prefill_attention.h does decode.
 //
 //   out[i, h, :] = sum over keys j of softmax_j(scale * q[i, h, :] . k[j, kv(h), :]) * v[j, kv(h), :]
 //
