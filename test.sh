@@ -47,27 +47,35 @@ stage "shell scripts"
 git ls-files '*.sh' .ci/run | xargs -r shellcheck
 result "shellcheck" $?
 
+stage "network namespaces, for tests/cluster"
+python3 tests/cluster/netns.py
+
 bazel_test "optimised" //...
 
 stage "CUDA backend: compiles and links (runs on a machine with a GPU: tests/gpu/run.sh)"
 if [[ -x /usr/local/cuda/bin/nvcc ]]; then
-  bazel build --config=cuda --noshow_progress --ui_event_filters=-info //cli:soloist //deploy:bundle \
+  # In the folder of the optimised build: what does not see CUDA is not compiled again.
+  bazel build --config=cuda --platform_suffix= --noshow_progress --ui_event_filters=-info //cli:soloist //deploy:bundle \
     //tests/gpu:cuda_ops_test //tests/gpu:cuda_parity_test
   result "CUDA build" $?
 else
   echo "no CUDA Toolkit in /usr/local/cuda: not built"
 fi
 
+stage "image: built, and a request answered from inside it"
+tests/deploy/image_test.sh
+result "image" $?
+
 stage "clang-tidy (some minutes the first time)"
 tests/tidy.sh
 result "clang-tidy" $?
 
-stage "fuzz: five targets, 20 s each"
+stage "fuzz: eight targets, 20 s each"
 tests/fuzz/run.sh 20
 result "fuzz" $?
 
-bazel_test "address and undefined behaviour" --config=asan //...
-bazel_test "threads" --config=tsan --test_tag_filters=threaded,-gpu //...
+bazel_test "address and undefined behaviour" --config=asan --build_tests_only --test_tag_filters=-processes,-gpu //...
+bazel_test "threads" --config=tsan --build_tests_only --test_tag_filters=threaded,-gpu //...
 
 stage "done"
 echo "$passed passed, $failed failed"

@@ -1,5 +1,7 @@
 // soloist bench engine: the engine without a network. Prefill and decode rates, TPOT, bytes and FLOPs per step, and the
 // share of what this machine's memory and multipliers reach in the same run.
+#include <sys/resource.h>
+
 #include <algorithm>
 #include <charconv>
 #include <cmath>
@@ -14,6 +16,7 @@
 
 #include "base/clock.h"
 #include "base/status.h"
+#include "cli/bench_serve.h"
 #include "cli/flags.h"
 #include "cli/step_recorder.h"
 #include "engine/model/config.h"
@@ -94,6 +97,9 @@ class Phase {
     work_.head_bytes += work.head_bytes;
     work_.flops += work.flops;
     idle_ms_ += static_cast<double>(step.idle_ns) * 1e-6;
+    split_steps_ += step.split ? 1 : 0;
+    comm_ms_ += static_cast<double>(step.comm_ns) * 1e-6;
+    comm_wait_ms_ += static_cast<double>(step.comm_wait_ns) * 1e-6;
     tokens_ += static_cast<double>(step.tokens);
   }
   Json ToJson(const MachineRates& rates) const {
@@ -124,24 +130,64 @@ class Phase {
             {"share_of_fma_rate", work_.flops / s / rates.flops_per_s},
             {"idle_share", idle_ms_ / std::max(idle_ms_ + total_ms, 1e-12)},
             {"enqueue_us_median", Quantile(enqueue_us_, 0.5)},
+            {"split_steps", split_steps_},
+            {"comm_ms", comm_ms_ / n},
+            {"comm_hidden_share", comm_ms_ > 0 ? std::max(0.0, 1 - comm_wait_ms_ / comm_ms_) : 0.0},
             {"group_us", groups}};
   }
 
  private:
   std::vector<double> step_ms_, enqueue_us_;
   Work work_;
-  double idle_ms_ = 0, tokens_ = 0;
+  double idle_ms_ = 0, tokens_ = 0, comm_ms_ = 0, comm_wait_ms_ = 0;
+  int64_t split_steps_ = 0;
   std::vector<GroupTime> groups_;  // sums over the profiled steps
   int64_t profiled_steps_ = 0;
 };
 
+// What steps cost the process of a cluster's leader: the scheduler, the messages, gRPC.
+class LeaderMeter {
+ public:
+  // `cluster` may be null: then there is no leader.
+  explicit LeaderMeter(const ClusterEngine* cluster) : cluster_(cluster) { Start(); }
+  void Start() {
+    cpu_ns_ = CpuNs();
+    if (cluster_ != nullptr) costs_ = cluster_->Costs();
+  }
+  // Microseconds per step since Start; null without a leader.
+  Json PerStep() const {
+    if (cluster_ == nullptr) return nullptr;
+    const int64_t cpu_ns = CpuNs() - cpu_ns_;
+    const ClusterCosts now = cluster_->Costs();
+    const double steps = std::max<double>(1, static_cast<double>(now.steps - costs_.steps));
+    const auto us = [steps](int64_t ns) { return static_cast<double>(ns) * 1e-3 / steps; };
+    return {{"cpu_us", us(cpu_ns)},
+            {"cpu_us_per_rank", us(cpu_ns) / cluster_->Info().num_ranks},
+            {"submit_us", us(now.submit_ns - costs_.submit_ns)},
+            {"results_us", us(now.result_ns - costs_.result_ns)}};
+  }
+
+ private:
+  static int64_t CpuNs() {
+    rusage usage{};
+    getrusage(RUSAGE_SELF, &usage);
+    const auto ns = [](const timeval& time) { return (int64_t{time.tv_sec} * 1'000'000 + time.tv_usec) * 1000; };
+    return ns(usage.ru_utime) + ns(usage.ru_stime);
+  }
+
+  const ClusterEngine* const cluster_;
+  int64_t cpu_ns_ = 0;
+  ClusterCosts costs_;
+};
+
 // One batch of equal prompts through scheduler and engine, `repeat` times after a warm-up.
 absl::StatusOr<Json> RunCase(const BenchFlags& flags, int batch, int prompt_length, const ModelConfig& config,
-                             StepRecorder& recorder, StepLoop& loop, const MachineRates& rates) {
+                             StepRecorder& recorder, StepLoop& loop, const MachineRates& rates, LeaderMeter& leader) {
   std::mt19937 random(1);
   std::vector<double> tpot_ms, ttft_ms;
   Phase prefill, decode;
   for (int round = -1; round < flags.repeat; ++round) {  // round -1 warms up
+    if (round == 0) leader.Start();
     std::vector<std::shared_ptr<TimingSink>> sinks;
     const int64_t start_ns = Clock::Real().NowNs();
     for (int i = 0; i < batch; ++i) {
@@ -182,6 +228,7 @@ absl::StatusOr<Json> RunCase(const BenchFlags& flags, int batch, int prompt_leng
               {"rounds", flags.repeat},
               {"prefill", prefill.ToJson(rates)},
               {"decode", decode.ToJson(rates)},
+              {"leader", leader.PerStep()},
               {"ttft_ms", {{"median", Quantile(ttft_ms, 0.5)}, {"p99", Quantile(ttft_ms, 0.99)}}},
               {"tpot_ms", {{"median", Quantile(tpot_ms, 0.5)}, {"p99", Quantile(tpot_ms, 0.99)}}}};
 }
@@ -207,10 +254,21 @@ void PrintCase(const Json& c) {
     for (const auto& [stream, mb] : p["mb_per_step"].items()) fmt::print(" {} {:.2f}", stream, mb.get<double>());
     fmt::print("; device idle {:.1f}%, enqueue {:.0f} us\n", 100 * p["idle_share"].get<double>(),
                p["enqueue_us_median"].get<double>());
+    fmt::print(
+        "{} communication: {:.3f} ms/step and rank, {:.1f}% of it hidden under computation; {} of {} steps in two "
+        "micro-batches\n",
+        name, p["comm_ms"].get<double>(), 100 * p["comm_hidden_share"].get<double>(), p["split_steps"].get<int64_t>(),
+        p["steps"].get<int64_t>());
     if (p["group_us"].empty()) continue;
     fmt::print("{} us by group, without overlap:", name);
     for (const auto& [group, us] : p["group_us"].items()) fmt::print(" {} {:.1f}", group, us.get<double>());
     fmt::print("\n");
+  }
+  if (const Json& leader = c["leader"]; !leader.is_null()) {
+    fmt::print(
+        "leader: {:.0f} us of CPU per step, {:.0f} per rank; sending plans {:.0f} us, storing results {:.0f} us\n",
+        leader["cpu_us"].get<double>(), leader["cpu_us_per_rank"].get<double>(), leader["submit_us"].get<double>(),
+        leader["results_us"].get<double>());
   }
   fmt::print("TTFT median {:.2f} p99 {:.2f} ms   TPOT median {:.3f} p99 {:.3f} ms\n",
              c["ttft_ms"]["median"].get<double>(), c["ttft_ms"]["p99"].get<double>(),
@@ -237,7 +295,8 @@ absl::Status BenchEngine(const BenchFlags& flags) {
   ASSIGN_OR_RETURN(auto factory, CreateDeviceFactory(runtime_flags.engine.device));
   const MachineRates before = factory->MeasureRates();
   const int64_t start_ns = Clock::Real().NowNs();
-  ASSIGN_OR_RETURN(auto engine, CreateInProcessEngine(runtime_flags.engine, Clock::Real(), nullptr));
+  ASSIGN_OR_RETURN(const StartedEngine started, StartEngine(runtime_flags.engine, runtime_flags.cluster));
+  Engine* const engine = started.engine.get();
   const double ready_s = static_cast<double>(Clock::Real().NowNs() - start_ns) * 1e-9;
   const EngineInfo& info = engine->Info();
   StepRecorder recorder(*engine, runtime_flags.engine.slice_ranks);
@@ -245,6 +304,7 @@ absl::Status BenchEngine(const BenchFlags& flags) {
   scheduler.max_tokens_per_step = info.limits.max_tokens;
   scheduler.max_sequences = info.limits.max_sequences;
   scheduler.prefix_cache = false;
+  ASSIGN_OR_RETURN(scheduler.micro_batches, ParseMicroBatches(runtime_flags.micro_batches));
   scheduler.max_queue = std::max(scheduler.max_queue, std::ranges::max(flags.batches));
   ASSIGN_OR_RETURN(auto loop, StepLoop::Create(scheduler, recorder, Clock::Real()));
   const MachineRates after = factory->MeasureRates();
@@ -264,9 +324,10 @@ absl::Status BenchEngine(const BenchFlags& flags) {
     fmt::print("machine   plain read {:.1f} GB/s   FMA {:.1f} GFLOP/s (the better of before and after)\n",
                rates.read_bytes_per_s * 1e-9, rates.flops_per_s * 1e-9);
   }
+  LeaderMeter leader(started.cluster);
   for (const int prompt_length : flags.prompt_lengths) {
     for (const int batch : flags.batches) {
-      ASSIGN_OR_RETURN(Json result, RunCase(flags, batch, prompt_length, config, recorder, *loop, rates));
+      ASSIGN_OR_RETURN(Json result, RunCase(flags, batch, prompt_length, config, recorder, *loop, rates, leader));
       if (!flags.json) PrintCase(result);
       out["cases"].push_back(std::move(result));
     }
@@ -280,6 +341,8 @@ absl::Status BenchEngine(const BenchFlags& flags) {
 void AddBench(CLI::App& app, int& exit_code) {
   CLI::App* bench = app.add_subcommand("bench", "measurements");
   bench->require_subcommand(1);
+  AddBenchServe(*bench, exit_code);
+  AddBenchCompare(*bench, exit_code);
   auto flags = std::make_shared<BenchFlags>();
   CLI::App* sub =
       bench->add_subcommand("engine", "the engine without a network: prefill and decode against the machine");
@@ -297,9 +360,6 @@ void AddBench(CLI::App& app, int& exit_code) {
                   "solo:R: what one rank of R does, exchanging tokens with itself by a copy of the same bytes");
   sub->add_flag("--slice-uniform", flags->runtime.engine.slice_uniform,
                 "in a slice, tokens go to the experts in turn instead of as the router says");
-  sub->add_option("--profile-every", flags->runtime.engine.profile_every,
-                  "every so many steps one is timed group by group; 0: none")
-      ->capture_default_str();
   sub->add_option("--repeat", flags->repeat, "rounds after the warm-up")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();

@@ -1,8 +1,5 @@
 #include "cli/flags.h"
 
-#include <unistd.h>
-
-#include <cstdio>
 #include <filesystem>
 #include <utility>
 
@@ -12,34 +9,6 @@
 #include "spdlog/spdlog.h"
 
 namespace soloist::cli {
-namespace {
-
-// One line that is rewritten: "loading  12.3 of 23.4 MB  [#####.....]  1.20 GB/s".
-class ProgressBar {
- public:
-  void Show(int64_t loaded, int64_t total) {
-    const bool terminal = isatty(STDERR_FILENO) != 0;
-    const double share = total > 0 ? static_cast<double>(loaded) / static_cast<double>(total) : 1;
-    const double seconds = static_cast<double>(Clock::Real().NowNs() - start_ns_) * 1e-9;
-    const double rate = seconds > 0 ? static_cast<double>(loaded) / seconds * 1e-9 : 0;
-    if (terminal) {
-      std::string bar(static_cast<size_t>(share * 30), '#');
-      bar.resize(30, '.');
-      fmt::print(stderr, "\rloading  {:.1f} of {:.1f} MB  [{}]  {:.2f} GB/s {}", static_cast<double>(loaded) * 1e-6,
-                 static_cast<double>(total) * 1e-6, bar, rate, loaded == total ? "\n" : "");
-      std::fflush(stderr);
-    } else if (loaded == total) {
-      spdlog::info("loaded {:.1f} MB of weights in {:.2f} s ({:.2f} GB/s)", static_cast<double>(total) * 1e-6, seconds,
-                   rate);
-    }
-  }
-
- private:
-  const int64_t start_ns_ = Clock::Real().NowNs();
-};
-
-}  // namespace
-
 void EngineFlags::AddTo(CLI::App& app) {
   app.add_option("--model", engine.model_dir, "Hugging Face model folder")->required();
   app.add_option("--ranks", engine.num_ranks, "expert-parallel ranks, 1 to the number of experts")
@@ -73,10 +42,24 @@ void EngineFlags::AddTo(CLI::App& app) {
       ->capture_default_str();
   app.add_option("--max-queue", scheduler.max_queue, "requests that may wait; more are refused")->capture_default_str();
   app.add_option("--masked-max-tokens", engine.masked_max_tokens,
-                 "dispatch with fixed capacity while no rank has more tokens in a step; above: exact counts")
+                 "dispatch with fixed capacity while no rank has more tokens in a step; above: exact counts; -1: 64, "
+                 "on CPUs less where rows are long")
+      ->capture_default_str();
+  app.add_option("--micro-batches", micro_batches,
+                 "2: every step with two rows on a rank runs in two halves, one of which computes while the other's "
+                 "rows travel (decode steps read their experts twice); auto: where it is known to gain")
+      ->check(CLI::IsMember({"auto", "1", "2"}))
+      ->capture_default_str();
+  app.add_option("--trace", engine.trace_file,
+                 "writes what each rank does to this file, for Chrome's tracing page or Perfetto; workers that this "
+                 "process starts write FILE.rankR");
+  app.add_option("--profile-every", engine.profile_every,
+                 "every so many steps one is run without a graph and timed group by group; 0: none")
+      ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
   app.add_option("--collective-timeout", collective_timeout_s, "seconds until a stuck collective is an error")
       ->capture_default_str();
+  cluster.AddTo(app);
   app.add_flag("--no-prefix-cache", no_prefix_cache, "compute every prompt from its start");
 }
 
@@ -98,13 +81,13 @@ absl::StatusOr<ModelDescription> DescribeModel(const EngineFlags& flags) {
 absl::StatusOr<Runtime> StartRuntime(EngineFlags flags) {
   ASSIGN_OR_RETURN(ModelDescription model, DescribeModel(flags));
   flags.scheduler.prefix_cache = !flags.no_prefix_cache;
+  ASSIGN_OR_RETURN(flags.scheduler.micro_batches, ParseMicroBatches(flags.micro_batches));
   flags.scheduler.eos_token_ids = std::move(model.eos_token_ids);
   flags.engine.collective_timeout = absl::Seconds(flags.collective_timeout_s);
   Runtime runtime;
-  ProgressBar bar;
-  ASSIGN_OR_RETURN(runtime.engine,
-                   CreateInProcessEngine(flags.engine, Clock::Real(),
-                                         [&bar](int64_t loaded, int64_t total) { bar.Show(loaded, total); }));
+  ASSIGN_OR_RETURN(StartedEngine started, StartEngine(flags.engine, flags.cluster));
+  runtime.workers = std::move(started.workers);
+  runtime.engine = std::move(started.engine);
   const EngineInfo& info = runtime.engine->Info();
   spdlog::info("{} ({}) on {}: {} ranks, {} experts, {:.1f} MB of weights per rank, {} KV blocks of {} tokens per rank",
                info.model_name, info.architecture, info.device, info.num_ranks, info.num_experts,
@@ -113,6 +96,10 @@ absl::StatusOr<Runtime> StartRuntime(EngineFlags flags) {
   flags.scheduler.max_sequences = info.limits.max_sequences;
   ASSIGN_OR_RETURN(runtime.loop, StepLoop::Create(flags.scheduler, *runtime.engine, Clock::Real()));
   return runtime;
+}
+
+void AddCheckFlags(CLI::App& app, bool& check) {
+  app.add_flag("--check-flags", check, "end at once, with status 0 if the flags are good");
 }
 
 int Report(const absl::Status& status) {

@@ -9,6 +9,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "base/logging.h"
+#include "cli/cluster_flags.h"
 #include "engine/engine.h"
 #include "engine/worker/in_process_engine.h"
 #include "scheduler/step_loop.h"
@@ -16,11 +17,13 @@
 
 namespace soloist::cli {
 
-// --model, --ranks, --device, memory and scheduling.
+// --model, --ranks or --workers, --device, memory and scheduling.
 struct EngineFlags {
   EngineOptions engine;
+  ClusterFlags cluster;
   SchedulerOptions scheduler;
   bool no_prefix_cache = false;
+  std::string micro_batches = "auto";
   double collective_timeout_s = 60;
 
   void AddTo(CLI::App& app);
@@ -28,6 +31,7 @@ struct EngineFlags {
 
 // A loaded model ready to serve: members in the order in which they must die last to first.
 struct Runtime {
+  std::unique_ptr<LocalWorkers> workers;
   std::unique_ptr<Engine> engine;
   std::unique_ptr<StepLoop> loop;
 };
@@ -35,7 +39,7 @@ struct Runtime {
 // From the model folder's configuration files, without its weights.
 absl::StatusOr<ModelDescription> DescribeModel(const EngineFlags& flags);
 
-// Loads with a progress bar on stderr (if a terminal, else log lines), starts the step loop. eos_token_ids come from
+// Loads (see StartEngine), starts the step loop. eos_token_ids come from
 // the model folder.
 absl::StatusOr<Runtime> StartRuntime(EngineFlags flags);
 
@@ -45,6 +49,10 @@ void AddDemo(CLI::App& app, int& exit_code);
 void AddGenerate(CLI::App& app, int& exit_code);
 void AddBench(CLI::App& app, int& exit_code);
 void AddInspect(CLI::App& app, int& exit_code);
+void AddWorker(CLI::App& app, int& exit_code);
+
+// --check-flags: the flags (and a worker's variables) are parsed and compared, nothing is started.
+void AddCheckFlags(CLI::App& app, bool& check);
 
 // Prints "soloist: message" to stderr; returns 1 (0 for OK).
 int Report(const absl::Status& status);

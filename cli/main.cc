@@ -1,4 +1,4 @@
-// The one binary: soloist serve | demo | generate | bench | inspect.
+// The one binary: soloist serve | worker | demo | generate | bench | inspect.
 #include "CLI/CLI.hpp"
 #include "base/logging.h"
 #include "cli/flags.h"
@@ -23,6 +23,7 @@ int main(int argc, char** argv) {
   soloist::cli::AddDemo(app, exit_code);
   soloist::cli::AddGenerate(app, exit_code);
   soloist::cli::AddBench(app, exit_code);
+  soloist::cli::AddWorker(app, exit_code);
   soloist::cli::AddInspect(app, exit_code);
   CLI11_PARSE(app, argc, argv);
   return exit_code;

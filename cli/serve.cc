@@ -1,4 +1,4 @@
-// soloist serve: the gRPC server; soloist demo: the same server, with one prompt sent to it.
+// soloist serve: the gRPC and the HTTP server; soloist demo: the same server, with one prompt sent to it.
 #include <pthread.h>
 
 #include <atomic>
@@ -15,6 +15,7 @@
 #include "base/clock.h"
 #include "base/status.h"
 #include "cli/flags.h"
+#include "cli/http_flags.h"
 #include "grpcpp/create_channel.h"
 #include "proto/soloist/v1/inference.grpc.pb.h"
 #include "server/frontend.h"
@@ -23,12 +24,18 @@
 namespace soloist::cli {
 namespace {
 
+// Where /metrics is served, the times of the op groups are there too: one step in so many runs without its graph.
+constexpr int kProfileEvery = 1000;
+
 struct ServeFlags {
   EngineFlags runtime;
   FrontendOptions frontend;
   std::string grpc_address = "127.0.0.1:50051";
+  HttpFlags http;
+  const CLI::Option* profile_every = nullptr;
   double drain_timeout_s = 30;
   double stall_after_s = 30;
+  bool check_flags = false;
 };
 
 struct DemoFlags {
@@ -85,10 +92,14 @@ bool Drain(Frontend& frontend, const StopSignals& signals, double timeout_s) {
 absl::Status Serve(ServeFlags flags) {
   const StopSignals signals;
   flags.frontend.stall_after = absl::Seconds(flags.stall_after_s);
+  if (flags.http.enabled() && flags.profile_every->count() == 0) flags.runtime.engine.profile_every = kProfileEvery;
   ASSIGN_OR_RETURN(const auto frontend, CreateFrontend(flags.runtime, flags.frontend));
   absl::StatusOr<Runtime> runtime = Unavailable("the model is loading");
   ASSIGN_OR_RETURN(const auto server, GrpcServer::Create(flags.grpc_address, *frontend));
+  ASSIGN_OR_RETURN(const HttpPort http,
+                   OpenHttpPort(flags.http, flags.runtime.engine.model_dir, flags.grpc_address, *frontend));
   fmt::print("listening on {}\n", server->address());
+  if (http.server != nullptr) fmt::print("listening for HTTP on {}\n", http.server->address());
   std::fflush(stdout);
 
   std::atomic<bool> loaded = false;
@@ -106,7 +117,8 @@ absl::Status Serve(ServeFlags flags) {
     return runtime.status();
   }
   frontend->Start(*runtime->engine, *runtime->loop);
-  spdlog::info("ready: serving {} at {}", frontend->model().name, server->address());
+  spdlog::info("ready: serving {} at {}{}", frontend->model().name, server->address(),
+               http.server == nullptr ? "" : fmt::format(" and http://{}", http.server->address()));
 
   int signal = 0;
   while ((signal = signals.Wait()) == 0) {
@@ -114,7 +126,9 @@ absl::Status Serve(ServeFlags flags) {
   spdlog::info("{}: draining, {} requests are open", signal == SIGTERM ? "SIGTERM" : "SIGINT",
                frontend->open_streams());
   const bool drained = Drain(*frontend, signals, flags.drain_timeout_s);
-  server->Shutdown(drained ? absl::Seconds(1) : absl::ZeroDuration());
+  const absl::Duration grace = drained ? absl::Seconds(1) : absl::ZeroDuration();
+  server->Shutdown(grace);
+  if (http.server != nullptr) http.server->Shutdown(grace);
   frontend->Stop();
   runtime->loop.reset();
   spdlog::info("stopped");
@@ -185,10 +199,12 @@ absl::Status Demo(const DemoFlags& flags) {
 void AddServe(CLI::App& app, int& exit_code) {
   auto flags = std::make_shared<ServeFlags>();
   ServerLimits& limits = flags->frontend.limits;
-  CLI::App* sub = app.add_subcommand("serve", "serve a model over gRPC until SIGTERM or Ctrl-C");
+  CLI::App* sub = app.add_subcommand("serve", "serve a model over gRPC and HTTP until SIGTERM or Ctrl-C");
   flags->runtime.AddTo(*sub);
+  flags->profile_every = sub->get_option("--profile-every");
   sub->add_option("--grpc-address", flags->grpc_address, "HOST:PORT to listen at; port 0: any free one")
       ->capture_default_str();
+  flags->http.AddTo(*sub);
   sub->add_option("--drain-timeout", flags->drain_timeout_s,
                   "seconds that running requests may take after SIGTERM; a second signal stops at once")
       ->check(CLI::NonNegativeNumber)
@@ -199,6 +215,7 @@ void AddServe(CLI::App& app, int& exit_code) {
   sub->add_option("--stall-after", flags->stall_after_s, "seconds after which a rank's unfinished step is unhealthy")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
+  sub->add_flag("!--no-request-log", flags->frontend.log_requests, "no line in the log for each request that ends");
   sub->add_option("--max-streams", limits.max_streams, "requests open at a time; more are refused")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
@@ -213,7 +230,10 @@ void AddServe(CLI::App& app, int& exit_code) {
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
   sub->add_flag("--allow-logits", limits.allow_logits, "requests may ask for raw logits (large answers)");
-  sub->callback([flags, &exit_code] { exit_code = Report(Serve(*flags)); });
+  AddCheckFlags(*sub, flags->check_flags);
+  sub->callback([flags, &exit_code] {
+    exit_code = Report(flags->check_flags ? flags->runtime.cluster.IsCluster().status() : Serve(*flags));
+  });
 }
 
 void AddDemo(CLI::App& app, int& exit_code) {

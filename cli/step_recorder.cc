@@ -7,6 +7,7 @@ namespace soloist::cli {
 absl::Status StepRecorder::Submit(StepPlan plan) {
   StepRecord record;
   for (const HomePlan& home : plan.homes) {
+    record.split = home.is_split();
     record.tokens += home.num_tokens();
     record.sequences += home.num_sequences();
     record.logit_rows += home.num_logit_rows();
@@ -30,10 +31,20 @@ absl::StatusOr<StepResult> StepRecorder::Await() {
   record.experts_read = ExpertsRead(*result);
   record.idle_ns = result->homes.front().idle_ns;
   record.enqueue_ns = result->homes.front().enqueue_ns;
+  for (const HomeResult& home : result->homes) {
+    record.comm_ns += home.comm_ns / std::ssize(result->homes);
+    record.comm_wait_ns += home.comm_wait_ns / std::ssize(result->homes);
+  }
   record.groups = result->homes.front().groups;
   std::lock_guard lock(mutex_);
   records_.push_back(std::move(record));
   return result;
+}
+
+absl::StatusOr<Recovery> StepRecorder::Recover(absl::Duration timeout) {
+  absl::StatusOr<Recovery> recovery = engine_.Recover(timeout);
+  if (recovery.ok()) in_flight_.clear();
+  return recovery;
 }
 
 std::vector<StepRecord> StepRecorder::TakeRecords() {

@@ -26,6 +26,10 @@ struct StepRecord {
   int64_t device_ns = 0;
   int64_t idle_ns = 0;
   int64_t enqueue_ns = 0;
+  bool split = false;  // two micro-batches
+  // Mean over the ranks; see HomeResult.
+  int64_t comm_ns = 0;
+  int64_t comm_wait_ns = 0;
   std::vector<GroupTime> groups;  // of a profiled step, of home 0
 };
 
@@ -37,6 +41,7 @@ class StepRecorder final : public Engine {
   std::vector<RankStatus> Ranks() const override { return engine_.Ranks(); }
   absl::Status Submit(StepPlan plan) override;
   absl::StatusOr<StepResult> Await() override;
+  absl::StatusOr<Recovery> Recover(absl::Duration timeout) override;
 
   // Those since the last call.
   std::vector<StepRecord> TakeRecords();

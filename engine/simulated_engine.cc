@@ -11,6 +11,9 @@
 namespace soloist {
 namespace {
 
+// Of slots written before the last recovery; 0: never written.
+constexpr int64_t kBeforeRecovery = -1;
+
 // Finalizer of splitmix64 (Steele et al., 2014).
 uint64_t Mix(uint64_t x) {
   x += 0x9e3779b97f4a7c15;
@@ -30,6 +33,13 @@ std::span<const T> EntriesOf(std::span<const SamplingRow> rows, int r, int32_t S
   return all.subspan(first, last - first);
 }
 
+// Empty: logit row r has none.
+std::span<const int32_t> MaskOf(const HomePlan& plan, int r) {
+  const auto found = std::ranges::lower_bound(plan.mask_rows(), r);
+  if (found == plan.mask_rows().end() || *found != r) return {};
+  return plan.masks().subspan((found - plan.mask_rows().begin()) * plan.mask_words(), plan.mask_words());
+}
+
 }  // namespace
 
 uint64_t SimulatedSequence::SlotValue(int32_t token) const {
@@ -44,7 +54,8 @@ void SimulatedSequence::Read(uint64_t slot_value) {
 void SimulatedSequence::Append(int32_t token) { Read(SlotValue(token)); }
 
 int32_t SimulatedSequence::Sample(const SamplingRow& row, std::span<const LogitBias> bias,
-                                  std::span<const TokenHistory> history, int32_t pending, int32_t vocab_size) const {
+                                  std::span<const TokenHistory> history, int32_t pending, int32_t vocab_size,
+                                  std::span<const int32_t> mask) const {
   uint64_t hash = Mix(Mix(prefix_, row.position), row.output_index);
   if (row.temperature > 0) hash = Mix(Mix(hash, row.seed_low), row.seed_high);
   if (row.repetition_penalty != 1 || row.presence_penalty != 0 || row.frequency_penalty != 0) {
@@ -58,7 +69,8 @@ int32_t SimulatedSequence::Sample(const SamplingRow& row, std::span<const LogitB
     if (pending >= 0 && !found) sum += Mix(pending, 1);
     hash = Mix(hash, sum);
   }
-  const auto banned = [bias](int32_t token) {
+  const auto banned = [bias, mask](int32_t token) {
+    if (!mask.empty() && !AllowsToken(mask, token)) return true;
     return std::ranges::any_of(bias, [token](const LogitBias& b) { return b.token == token && b.bias == -HUGE_VALF; });
   };
   int32_t token = static_cast<int32_t>(hash % vocab_size);
@@ -66,19 +78,29 @@ int32_t SimulatedSequence::Sample(const SamplingRow& row, std::span<const LogitB
   return token;
 }
 
+float SimulatedSequence::Logprob(int32_t token) const {
+  return -1.0f - static_cast<float>(Mix(Mix(prefix_, length_), token) % 4096) / 512;
+}
+
+int32_t SimulatedSequence::MostLikely(int32_t vocab_size) const {
+  return static_cast<int32_t>(Mix(prefix_, length_) % vocab_size);
+}
+
 SimulatedEngine::SimulatedEngine(SimulatedOptions options)
-    : options_(std::move(options)), last_tokens_(options_.num_homes) {
-  info_.model_name = "simulated";
-  info_.architecture = "Simulated";
-  info_.device = "none";
-  info_.num_ranks = info_.num_homes = options_.num_homes;
-  info_.num_layers = options_.num_layers;
-  info_.num_experts = options_.num_experts;
-  info_.experts_per_token = options_.experts_per_token;
-  info_.limits = options_.limits;
+    : options_(std::move(options)), present_(options_.num_homes, true), last_tokens_(options_.num_homes) {
+  EngineInfo& info = infos_.emplace_back();
+  info.model_name = "simulated";
+  info.architecture = "Simulated";
+  info.device = "none";
+  info.num_ranks = info.num_homes = options_.num_homes;
+  info.num_layers = options_.num_layers;
+  info.num_experts = options_.num_experts;
+  info.experts_per_token = options_.experts_per_token;
+  info.limits = options_.limits;
   for (int e = 0; e < options_.num_experts; ++e) {
-    info_.expert_rank.push_back(static_cast<int>(static_cast<int64_t>(e) * options_.num_homes / options_.num_experts));
+    info.expert_rank.push_back(static_cast<int>(static_cast<int64_t>(e) * options_.num_homes / options_.num_experts));
   }
+  info_ = &info;
   if (options_.check_kv) {
     const size_t slots = static_cast<size_t>(options_.limits.num_blocks) * options_.limits.block_size;
     slots_.assign(options_.num_homes, Slots(slots));
@@ -114,10 +136,16 @@ absl::Status SimulatedEngine::Submit(StepPlan plan) {
   result.device_ns = CostNs(plan);
   result.homes.resize(options_.num_homes);
   for (int h = 0; h < options_.num_homes; ++h) {
+    if (!present_[h] && plan.homes[h].num_tokens() > 0) {
+      return failure_ = Internal("home {} step {}: {} tokens, and no rank", h, plan.step, plan.homes[h].num_tokens());
+    }
     if (absl::Status status = RunHome(h, plan.homes[h], result.homes[h]); !status.ok()) return failure_ = status;
   }
   for (int h = 0; h < options_.num_homes; ++h) last_tokens_[h] = result.homes[h].tokens;
   last_submitted_ = plan.step;
+  if (options_.lose) {
+    if (auto loss = options_.lose(plan.step, /*awaiting=*/false)) return Lose(plan.step, *std::move(loss));
+  }
   results_.push_back(std::move(result));
   return absl::OkStatus();
 }
@@ -162,17 +190,21 @@ void SimulatedEngine::Sample(const HomePlan& plan, int row, const SimulatedSeque
   const SamplingRow& params = plan.sampling()[row];
   const int32_t vocab = options_.limits.vocab_size;
   const int32_t pending = params.pending_row >= 0 ? previous[params.pending_row] : -1;
+  const int32_t target = plan.num_targets() > 0 ? plan.targets()[row] : -1;
   const int32_t token =
-      sequence.Sample(params, EntriesOf(plan.sampling(), row, &SamplingRow::bias_begin, plan.bias()),
-                      EntriesOf(plan.sampling(), row, &SamplingRow::history_begin, plan.history()), pending, vocab);
+      target >= 0 ? target
+                  : sequence.Sample(params, EntriesOf(plan.sampling(), row, &SamplingRow::bias_begin, plan.bias()),
+                                    EntriesOf(plan.sampling(), row, &SamplingRow::history_begin, plan.history()),
+                                    pending, vocab, MaskOf(plan, row));
   result.tokens.push_back(token);
-  result.logprobs.push_back(-1.0f / static_cast<float>(token + 1));
+  result.logprobs.push_back(target >= 0 ? sequence.Logprob(target) : -1.0f / static_cast<float>(token + 1));
   const auto wants_top = [](const SamplingRow& r) { return r.num_top_logprobs > 0; };
   const auto wants_logits = [](const SamplingRow& r) { return r.return_logits != 0; };
   if (std::ranges::any_of(plan.sampling(), wants_top)) {
+    const int32_t best = target >= 0 ? sequence.MostLikely(vocab) : token;
     for (int i = 0; i < kMaxTopLogprobs; ++i) {
       const bool valid = i < params.num_top_logprobs && i < vocab;
-      result.top_tokens.push_back(valid ? (token + i) % vocab : -1);
+      result.top_tokens.push_back(valid ? (best + i) % vocab : -1);
       result.top_logprobs.push_back(valid ? -1.0f - static_cast<float>(i) : 0.0f);
     }
   }
@@ -212,14 +244,67 @@ absl::StatusOr<StepResult> SimulatedEngine::Await() {
   StepResult result = std::move(results_.front());
   results_.pop_front();
   if (options_.delay) options_.delay(result.step, result.device_ns);
-  const bool fails = options_.fail_at_step > 0 && result.step >= options_.fail_at_step;
-  {
+  if (options_.fail_at_step > 0 && result.step >= options_.fail_at_step) {
+    failure_ = Unavailable("simulated failure at step {}", result.step);
     const std::lock_guard lock(mutex_);
-    failed_ = fails;
-    if (!fails) last_finished_ = result.step;
+    state_ = RankState::kFailed;
+    message_ = "simulated failure";
+    for (int r = 0; r < options_.num_homes; ++r) affected_.push_back(r);
+    return failure_;
   }
-  if (fails) return failure_ = Unavailable("simulated failure at step {}", result.step);
+  if (options_.lose) {
+    if (auto loss = options_.lose(result.step, /*awaiting=*/true)) return Lose(result.step, *std::move(loss));
+  }
+  last_awaited_ = result.step;
+  const std::lock_guard lock(mutex_);
+  last_finished_ = result.step;
   return result;
+}
+
+absl::Status SimulatedEngine::Lose(int64_t step, SimulatedLoss loss) {
+  results_.clear();
+  loss_ = std::move(loss);
+  const std::lock_guard lock(mutex_);
+  state_ = RankState::kLost;
+  affected_ = loss_->homes;
+  message_ = fmt::format("lost in step {}, waiting for it to come back", step);
+  if (affected_.empty()) return failure_ = Unavailable("step {}: a rank was late", step);
+  return failure_ = Unavailable("step {}: ranks {} are lost", step, fmt::join(affected_, ", "));
+}
+
+absl::StatusOr<Recovery> SimulatedEngine::Recover(absl::Duration timeout) {
+  if (!loss_.has_value()) return FailedPrecondition("simulated engine: no rank is lost");
+  if (!loss_->never.ok()) return failure_ = loss_->never;
+  if (loss_->late_recovers-- > 0 || (options_.whole && !options_.whole(timeout)))
+    return DeadlineExceeded("simulated engine: the ranks are not whole yet");
+  const int64_t first_lost = last_awaited_ + 1;
+  Recovery recovery;
+  recovery.next_step = loss_->next_step > 0 ? loss_->next_step : first_lost;
+  recovery.home_kept = present_;
+  present_.assign(options_.num_homes, true);
+  for (const int home : loss_->homes) recovery.home_kept[home] = false;
+  for (const int home : loss_->absent) recovery.home_kept[home] = present_[home] = false;
+  recovery.home_usable = present_;
+  for (size_t h = 0; h < slots_.size(); ++h) {
+    for (SimulatedSequence::Slot& slot : slots_[h]) {
+      if (!recovery.home_kept[h] || slot.written_step >= first_lost) slot = {};
+      if (slot.written_step > 0) slot.written_step = kBeforeRecovery;  // the numbers may come again
+    }
+  }
+  for (std::vector<int32_t>& tokens : last_tokens_) tokens.clear();
+  if (!loss_->expert_rank.empty()) {
+    EngineInfo& info = infos_.emplace_back(infos_.back());
+    info.expert_rank = loss_->expert_rank;
+    info_ = &info;
+  }
+  last_submitted_ = last_awaited_ = recovery.next_step - 1;
+  failure_ = absl::OkStatus();
+  const std::lock_guard lock(mutex_);
+  last_finished_ = last_submitted_;
+  affected_ = loss_->absent;
+  message_ = "lost, its experts are with the others";
+  loss_.reset();
+  return recovery;
 }
 
 std::vector<RankStatus> SimulatedEngine::Ranks() const {
@@ -227,9 +312,12 @@ std::vector<RankStatus> SimulatedEngine::Ranks() const {
   std::vector<RankStatus> ranks(options_.num_homes);
   for (int r = 0; r < options_.num_homes; ++r) {
     ranks[r].rank = r;
-    ranks[r].state = failed_ ? RankState::kFailed : RankState::kReady;
+    ranks[r].state = RankState::kReady;
     ranks[r].last_step = last_finished_;
-    if (failed_) ranks[r].message = "simulated failure";
+  }
+  for (const int r : affected_) {
+    ranks[r].state = state_;
+    ranks[r].message = message_;
   }
   return ranks;
 }

@@ -23,10 +23,19 @@ enum : int {
   kNumBias = 8,
   kNumHistory = 9,
   kMaxHomeTokens = 10,
-  kPreviousRows = 11,  // words 12 to 15 are zero
+  kPreviousRows = 11,
+  kDispatchRows = 12,
+  kNumMasks = 13,
+  kMaskWords = 14,    // of one mask
+  kSecondBegin = 15,  // + 1; 0: one micro-batch
+  kNumTargets = 16,   // words 17 to 19 are zero
 };
+constexpr int kCounts[] = {kNumTokens,  kNumSequences,  kMaxBlocks,    kNumLogitRows, kNumBias,
+                           kNumHistory, kMaxHomeTokens, kPreviousRows, kDispatchRows, kNumMasks,
+                           kMaskWords,  kSecondBegin,   kNumTargets};
+constexpr int kZeros[] = {17, 18, 19};
 constexpr int32_t kMagic = 0x31504c53;
-constexpr int32_t kSchema = 1;
+constexpr int32_t kSchema = 3;
 constexpr int kSamplingWords = sizeof(SamplingRow) / 4;
 // No section may hold more entries than that: keeps every product within int64 and a hostile header cheap to refuse.
 constexpr int32_t kMaxCount = 1 << 28;
@@ -90,7 +99,49 @@ absl::Status CheckBegins(std::span<const SamplingRow> rows, int32_t SamplingRow:
   return absl::OkStatus();
 }
 
+// Masks are of distinct logit rows, of the vocabulary's size, and allow something.
+absl::Status CheckMasks(const HomePlan& plan, int32_t vocab_size) {
+  const int64_t words = plan.num_masks() > 0 ? TokenMaskWords(vocab_size) : 0;
+  if (plan.mask_words() != words) return InvalidArgument("plan: masks of {} words, not {}", plan.mask_words(), words);
+  int32_t last = -1;
+  for (int m = 0; m < plan.num_masks(); ++m) {
+    const int32_t row = plan.mask_rows()[m];
+    if (row <= last || row >= plan.num_logit_rows()) {
+      return InvalidArgument("plan: mask_rows[{}] is {}, allowed: {} to {}", m, row, last + 1,
+                             plan.num_logit_rows() - 1);
+    }
+    last = row;
+    if (!AllowsAny(plan.masks().subspan(m * words, words), vocab_size)) {
+      return InvalidArgument("plan: mask {}, of logit row {}, allows no token", m, row);
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckTargets(const HomePlan& plan, int32_t vocab_size) {
+  if (plan.num_targets() != 0 && plan.num_targets() != plan.num_logit_rows()) {
+    return InvalidArgument("plan: {} targets for {} logit rows, allowed: 0 or one each", plan.num_targets(),
+                           plan.num_logit_rows());
+  }
+  for (int r = 0; r < plan.num_targets(); ++r) {
+    const int32_t target = plan.targets()[r];
+    if (target >= -1 && target < vocab_size) continue;
+    return InvalidArgument("plan: targets[{}] is {}, allowed: -1 to {}", r, target, vocab_size - 1);
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
+
+bool AllowsToken(std::span<const int32_t> mask, int32_t token) {
+  return (static_cast<uint32_t>(mask[token / 32]) >> (token % 32) & 1u) != 0;
+}
+
+bool AllowsAny(std::span<const int32_t> mask, int32_t vocab_size) {
+  const int32_t whole = vocab_size / 32, rest = vocab_size % 32;
+  if (std::ranges::any_of(mask.first(whole), [](int32_t word) { return word != 0; })) return true;
+  return rest > 0 && (static_cast<uint32_t>(mask[whole]) & ((1u << rest) - 1)) != 0;
+}
 
 HomePlan::HomePlan(const HomePlanParts& parts, int64_t step, int32_t max_home_tokens, int32_t previous_rows) {
   const auto size = [](const auto& v) { return static_cast<int32_t>(v.size()); };
@@ -107,6 +158,10 @@ HomePlan::HomePlan(const HomePlanParts& parts, int64_t step, int32_t max_home_to
             max_home_tokens,
             previous_rows,
             0,
+            size(parts.mask_rows),
+            parts.mask_rows.empty() ? 0 : size(parts.masks) / size(parts.mask_rows),
+            0,
+            size(parts.targets),
             0,
             0,
             0};
@@ -125,6 +180,9 @@ HomePlan::HomePlan(const HomePlanParts& parts, int64_t step, int32_t max_home_to
   Append(parts.sampling, words_);
   Append(parts.bias, words_);
   Append(parts.history, words_);
+  Append(parts.mask_rows, words_);
+  Append(parts.masks, words_);
+  Append(parts.targets, words_);
   CHECK_EQ(static_cast<int64_t>(words_.size()), Offset(kNumSections));
 }
 
@@ -134,12 +192,12 @@ absl::StatusOr<HomePlan> HomePlan::Parse(std::vector<int32_t> words) {
   }
   if (words[kMagicWord] != kMagic) return InvalidArgument("plan: magic is {:#x}, not {:#x}", words[0], kMagic);
   if (words[kSchemaWord] != kSchema) return InvalidArgument("plan: schema {}, ours is {}", words[1], kSchema);
-  for (int i = kNumTokens; i <= kPreviousRows; ++i) {
+  for (const int i : kCounts) {
     if (words[i] < 0 || words[i] > kMaxCount) {
       return InvalidArgument("plan: header word {} is {}, allowed: 0 to {}", i, words[i], kMaxCount);
     }
   }
-  for (int i = kPreviousRows + 1; i < kHeaderWords; ++i) {
+  for (const int i : kZeros) {
     if (words[i] != 0) return InvalidArgument("plan: header word {} is {}, not 0", i, words[i]);
   }
   HomePlan plan(std::move(words));
@@ -152,6 +210,17 @@ absl::StatusOr<HomePlan> HomePlan::Parse(std::vector<int32_t> words) {
 
 int64_t HomePlan::step() const {
   return (static_cast<int64_t>(words_[kStepHigh]) << 32) | static_cast<uint32_t>(words_[kStepLow]);
+}
+
+void HomePlan::Split(int32_t second_begin) {
+  CHECK(second_begin >= 0 && second_begin <= num_tokens());
+  words_[kSecondBegin] = second_begin + 1;
+}
+
+void HomePlan::Renumber(int64_t step, int32_t dispatch_rows) {
+  words_[kStepLow] = static_cast<int32_t>(step & 0xffffffff);
+  words_[kStepHigh] = static_cast<int32_t>(step >> 32);
+  words_[kDispatchRows] = dispatch_rows;
 }
 
 int64_t HomePlan::SectionWords(int section) const {
@@ -173,8 +242,14 @@ int64_t HomePlan::SectionWords(int section) const {
       return rows * kSamplingWords;
     case 8:
       return static_cast<int64_t>(num_bias()) * 2;
-    default:
+    case 9:
       return static_cast<int64_t>(num_history()) * 2;
+    case 10:
+      return num_masks();
+    case 11:
+      return static_cast<int64_t>(num_masks()) * mask_words();
+    default:
+      return num_targets();
   }
 }
 
@@ -194,10 +269,12 @@ absl::Status HomePlan::Validate(const PlanLimits& limits) const {
   };
   RETURN_IF_ERROR(at_most("tokens", num_tokens(), limits.max_tokens));
   RETURN_IF_ERROR(at_most("sequences", num_sequences(), limits.max_sequences));
-  RETURN_IF_ERROR(at_most("logit rows", num_logit_rows(), limits.max_sequences));
-  RETURN_IF_ERROR(at_most("previous rows", previous_rows(), limits.max_sequences));
+  RETURN_IF_ERROR(at_most("logit rows", num_logit_rows(), limits.max_logit_rows()));
+  RETURN_IF_ERROR(at_most("previous rows", previous_rows(), limits.max_logit_rows()));
   RETURN_IF_ERROR(at_most("tokens on the busiest home", max_home_tokens(), limits.max_tokens));
+  RETURN_IF_ERROR(at_most("rows of dispatch room", dispatch_rows(), limits.max_tokens));
   RETURN_IF_ERROR(at_most("tokens on this home, more than the step's largest,", num_tokens(), max_home_tokens()));
+  RETURN_IF_ERROR(at_most("as first row of the second micro-batch", second_begin(), num_tokens()));
   const int32_t blocks_per_sequence = (limits.max_model_len + limits.block_size - 1) / limits.block_size;
   RETURN_IF_ERROR(at_most("blocks per sequence", max_blocks(), blocks_per_sequence));
 
@@ -254,6 +331,8 @@ absl::Status HomePlan::Validate(const PlanLimits& limits) const {
   }
   RETURN_IF_ERROR(CheckBegins(sampling(), &SamplingRow::bias_begin, num_bias(), "bias_begin"));
   RETURN_IF_ERROR(CheckBegins(sampling(), &SamplingRow::history_begin, num_history(), "history_begin"));
+  RETURN_IF_ERROR(CheckMasks(*this, limits.vocab_size));
+  RETURN_IF_ERROR(CheckTargets(*this, limits.vocab_size));
   for (const LogitBias& entry : bias()) {
     if (entry.token < 0 || entry.token >= limits.vocab_size || std::isnan(entry.bias) || entry.bias == HUGE_VALF) {
       return InvalidArgument("plan: bias {} on token {}, allowed: < inf on 0 to {}", entry.bias, entry.token,

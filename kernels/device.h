@@ -27,6 +27,8 @@ class Stream {
   virtual ~Stream() = default;
   // Waits for all that was enqueued; the first asynchronous error, if any.
   virtual absl::Status Synchronize() = 0;
+  // The backend's own handle, for communicators: a cudaStream_t; null on CPUs.
+  virtual void* native_handle() { return nullptr; }
 };
 
 // Device (or host, for a CPU) memory, freed on destruction. Move-only. 64-byte aligned at least.
@@ -104,8 +106,8 @@ struct OpLimits {
   int top_k = 0;
 };
 
-// Thread-compatible: one rank's thread uses it. While weights are loaded, several threads may call Copy and Record at
-// once, each with a stream of its own. Outlives its streams; a Buffer may outlive it.
+// Thread-compatible: one rank's thread uses it. Copy, Record and Wait may be called by several threads at once, each
+// with a stream of its own. Outlives its streams; a Buffer may outlive it.
 class Device {
  public:
   virtual ~Device() = default;
@@ -124,6 +126,9 @@ class Device {
   virtual absl::StatusOr<std::unique_ptr<Stream>> CreateStream() = 0;
   virtual absl::StatusOr<std::unique_ptr<Event>> CreateEvent() = 0;
   virtual void Record(Event& event, Stream& stream) = 0;
+  // What is enqueued on `stream` from now on runs after the point at which `event` was recorded, on any stream. The
+  // host must know that it has been.
+  virtual void Wait(Stream& stream, const Event& event) = 0;
 
   // Whether Capture works; if not, work is enqueued each time.
   virtual bool can_capture() const = 0;
@@ -133,8 +138,8 @@ class Device {
                                                          const std::function<absl::Status()>& enqueue) = 0;
   virtual absl::Status Launch(const Graph& graph, Stream& stream) = 0;
 
-  // Allocates the ops' workspaces and prepares (tunes) what takes long. Once, before the first op but FillUniform;
-  // RESOURCE_EXHAUSTED as Allocate.
+  // Allocates the ops' workspaces and prepares (tunes) what takes long. Before the first op but FillUniform; again,
+  // with nothing in flight, where limits have grown. RESOURCE_EXHAUSTED as Allocate.
   virtual absl::Status Prepare(const OpLimits& limits) = 0;
 
   // Between any two places, host (pinned for speed) or device; stream-ordered.

@@ -119,7 +119,11 @@ struct DispatchRowsArgs {
   // [num_experts + 1] first row per expert; where rows are packed, also the number of all rows. Written unless null.
   int32_t* begins = nullptr;
   Tensor dst;  // act [rows, hidden]: dst[slots[i, j], :] = x[i, :]
-  // Copies of counts in front of the rows for each destination: copy r at dst.data + r * header_stride_bytes.
+  // With a base: rows of each expert that dst has room for. A choice beyond has no row, its slot is -1; counts count it
+  // all the same. 0: there is room for all.
+  int64_t room = 0;
+  // Copies of counts, each at most `room`, in front of the rows for each destination: copy r at dst.data + r *
+  // header_stride_bytes.
   int num_headers = 0;
   int64_t header_stride_bytes = 0;
 };

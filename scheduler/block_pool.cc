@@ -24,7 +24,16 @@ BlockPool::BlockPool(int32_t num_blocks, int32_t block_size, bool prefix_cache)
   CHECK_GT(block_size, 0);
   if (prefix_cache) tokens_.resize(static_cast<size_t>(num_blocks) * block_size);
   free_.reserve(num_blocks);
-  for (int32_t b = num_blocks - 1; b >= 0; --b) free_.push_back(b);
+  Clear();
+}
+
+void BlockPool::Clear() {
+  std::ranges::fill(blocks_, Block());
+  free_.clear();
+  for (int32_t b = total() - 1; b >= 0; --b) free_.push_back(b);
+  newest_ = oldest_ = -1;
+  num_cached_ = 0;
+  index_.clear();
 }
 
 uint64_t BlockPool::Hash(ChainId parent, std::span<const int32_t> tokens, std::string_view salt) const {
@@ -127,6 +136,16 @@ ChainId BlockPool::Register(ChainId parent, std::span<const int32_t> tokens, std
   std::ranges::copy(tokens, tokens_.begin() + static_cast<size_t>(block) * block_size_);
   index_.emplace(hash, block);
   return b.chain;
+}
+
+void BlockPool::Unregister(std::span<const int32_t> blocks) {
+  for (const int32_t block : blocks) {
+    if (blocks_[block].chain == 0) continue;
+    Forget(block);
+    if (blocks_[block].refs > 0) continue;
+    UnlinkCached(block);
+    free_.push_back(block);
+  }
 }
 
 void BlockPool::PushCached(int32_t block) {

@@ -41,6 +41,10 @@ class BlockPool {
   // Makes a referenced block findable: it holds `tokens` (block_size of them) after the prefix `parent`. Returns the
   // chain id after it. If an equal block is registered already, that one stays and its chain id is returned.
   ChainId Register(ChainId parent, std::span<const int32_t> tokens, std::string_view salt, int32_t block);
+  // Takes registrations back: the blocks do not hold what was said. Those that are not registered are left alone.
+  void Unregister(std::span<const int32_t> blocks);
+  // The memory's content is gone: every block is free, nothing is known. All tables are void.
+  void Clear();
 
   int32_t total() const { return static_cast<int32_t>(blocks_.size()); }
   int32_t cached() const { return num_cached_; }

@@ -16,6 +16,7 @@ absl::Status Inbox::Add(Request request, int64_t now_ns) {
     if (queue >= max_queue_)
       return ResourceExhausted("the queue is full: {} requests wait, limit {}", queue, max_queue_);
     if (!ids_.insert(request.id).second) return AlreadyExists("a request with id {} is in work", request.id);
+    ++unfinished_;
     batch_.arrivals.push_back({std::move(request), now_ns});
   }
   arrived_.notify_one();
@@ -50,13 +51,28 @@ void Inbox::Stop() {
   arrived_.notify_one();
 }
 
+void Inbox::Wake() {
+  {
+    const std::lock_guard lock(mutex_);
+    woken_ = true;
+  }
+  arrived_.notify_one();
+}
+
+bool Inbox::AwaitWake(absl::Duration timeout) {
+  std::unique_lock lock(mutex_);
+  const bool woken = arrived_.wait_for(lock, absl::ToChronoNanoseconds(timeout), [this] { return woken_; });
+  woken_ = false;
+  return woken;
+}
+
 absl::Status Inbox::AwaitIdle(absl::Duration timeout) {
   std::unique_lock lock(mutex_);
-  const auto idle = [this] { return ids_.empty(); };
+  const auto idle = [this] { return unfinished_ == 0; };
   // A deadline beyond the clock's range would wrap around.
   const absl::Duration bounded = std::min(timeout, absl::Hours(24 * 365));
   if (idle_.wait_for(lock, absl::ToChronoNanoseconds(bounded), idle)) return absl::OkStatus();
-  return DeadlineExceeded("{} requests are still running or waiting after {}", ids_.size(),
+  return DeadlineExceeded("{} requests are still running or waiting after {}", unfinished_,
                           absl::FormatDuration(timeout));
 }
 
@@ -72,11 +88,18 @@ absl::Status Inbox::health() const {
   return health_;
 }
 
+EngineCondition Inbox::condition() const {
+  const std::lock_guard lock(mutex_);
+  return condition_;
+}
+
 Inbox::Batch Inbox::Take(bool wait) {
   std::unique_lock lock(mutex_);
   if (wait) {
-    arrived_.wait(lock, [this] { return batch_.stop || !batch_.arrivals.empty() || !batch_.cancellations.empty(); });
+    arrived_.wait(
+        lock, [this] { return woken_ || batch_.stop || !batch_.arrivals.empty() || !batch_.cancellations.empty(); });
   }
+  woken_ = false;
   const bool stop = batch_.stop;
   Batch taken = std::exchange(batch_, Batch{});
   batch_.stop = stop;
@@ -90,15 +113,30 @@ void Inbox::Publish(LoadSnapshot load) {
   load_ = std::move(load);
 }
 
-void Inbox::Finished(const std::string& request_id) {
+void Inbox::Release(const std::string& request_id) {
   const std::lock_guard lock(mutex_);
   ids_.erase(request_id);
-  if (ids_.empty()) idle_.notify_all();
 }
 
-void Inbox::Fail(const absl::Status& why) {
+void Inbox::Finished() {
+  const std::lock_guard lock(mutex_);
+  if (--unfinished_ == 0) idle_.notify_all();
+}
+
+void Inbox::Fail(const absl::Status& why, int64_t now_ns) {
   const std::lock_guard lock(mutex_);
   health_ = why;
+  condition_ = {EngineCondition::State::kFailed, now_ns, std::string(why.message())};
+}
+
+void Inbox::Recovering(const absl::Status& why, int64_t now_ns) {
+  const std::lock_guard lock(mutex_);
+  condition_ = {EngineCondition::State::kRecovering, now_ns, std::string(why.message())};
+}
+
+void Inbox::Recovered(int64_t now_ns) {
+  const std::lock_guard lock(mutex_);
+  condition_ = {EngineCondition::State::kRunning, now_ns, ""};
 }
 
 }  // namespace soloist

@@ -34,7 +34,9 @@ class Inbox {
     bool stop = false;
   };
 
-  Inbox(int32_t max_queue, LoadSnapshot first) : max_queue_(max_queue), load_(std::move(first)) {}
+  Inbox(int32_t max_queue, LoadSnapshot first, int64_t now_ns) : max_queue_(max_queue), load_(std::move(first)) {
+    condition_.since_ns = now_ns;
+  }
 
   // Any thread.
   absl::Status Add(Request request, int64_t now_ns);
@@ -42,16 +44,25 @@ class Inbox {
   void Drain();
   bool draining() const;
   void Stop();
+  // Ends a wait of the loop's thread, or its next one.
+  void Wake();
   absl::Status AwaitIdle(absl::Duration timeout);
   LoadSnapshot Load() const;
   absl::Status health() const;
+  EngineCondition condition() const;
 
-  // The loop's thread. With `wait`, sleeps until there is something.
+  // The loop's thread. With `wait`, sleeps until there is something, or a Wake.
   Batch Take(bool wait);
+  // Sleeps until a Wake, or for `timeout`; false after that.
+  bool AwaitWake(absl::Duration timeout);
   void Publish(LoadSnapshot load);
+  // Before the request's last OnFinish: its id is free again.
+  void Release(const std::string& request_id);
   // After the request's last OnFinish.
-  void Finished(const std::string& request_id);
-  void Fail(const absl::Status& why);
+  void Finished();
+  void Fail(const absl::Status& why, int64_t now_ns);
+  void Recovering(const absl::Status& why, int64_t now_ns);
+  void Recovered(int64_t now_ns);
 
  private:
   const int32_t max_queue_;
@@ -60,10 +71,13 @@ class Inbox {
   std::condition_variable idle_;
   // All below: mutex_.
   Batch batch_;
-  std::unordered_set<std::string> ids_;  // of all requests accepted and not finished
+  std::unordered_set<std::string> ids_;  // of all requests accepted and not released
+  int64_t unfinished_ = 0;               // requests accepted and not finished
   LoadSnapshot load_;
   absl::Status health_;
+  EngineCondition condition_;
   bool draining_ = false;
+  bool woken_ = false;  // since the last Take or AwaitWake
 };
 
 }  // namespace soloist

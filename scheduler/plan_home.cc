@@ -18,7 +18,7 @@ int32_t BlocksFor(int32_t tokens, int32_t block_size) { return (tokens + block_s
 void Scheduler::Rebalance() {
   for (size_t to = 0; to < homes_.size(); ++to) {
     Home& room = homes_[to];
-    if (!room.waiting.empty() || static_cast<int32_t>(room.running.size()) >= max_running_) continue;
+    if (!room.usable || !room.waiting.empty() || static_cast<int32_t>(room.running.size()) >= max_running_) continue;
     Home* from = nullptr;
     for (Home& home : homes_) {
       if (!home.blocked || home.waiting.empty() || (*home.waiting.begin())->owner->admitted) continue;
@@ -30,15 +30,24 @@ void Scheduler::Rebalance() {
     if (room.pool.available() < need + Reserve(room)) continue;
     for (Sequence& s : owner.outputs) {
       if (s.state != SequenceState::kWaiting) continue;
-      from->waiting.erase(&s);
-      from->to_serve -= s.to_serve;
-      s.home = static_cast<int32_t>(to);
-      s.blocked_need = 0;
-      room.to_serve += s.to_serve;
-      room.waiting.insert(&s);
+      Leave(s);
+      WaitAt(static_cast<int32_t>(to), s);
     }
     from->blocked = false;
   }
+}
+
+void Scheduler::Leave(Sequence& s) {
+  Home& home = HomeOf(s);
+  home.waiting.erase(&s);
+  home.to_serve -= s.to_serve;
+}
+
+void Scheduler::WaitAt(int32_t home, Sequence& s) {
+  s.home = home;
+  s.blocked_need = 0;
+  homes_[home].to_serve += s.to_serve;
+  homes_[home].waiting.insert(&s);
 }
 
 // Room for the decodes that run, so that admission does not at once lead to preemption.
@@ -49,10 +58,11 @@ int32_t Scheduler::Reserve(const Home& home) const {
 void Scheduler::PlanHome(Home& home, int64_t now_ns) {
   const int32_t block_size = limits_.block_size;
   home.budget = token_budget_;
+  home.logit_rows = limits_.max_logit_rows();
   for (Sequence* s : home.running) s->planned = 0;
   for (size_t i = 0; i < home.running.size(); ++i) {
     Sequence& s = *home.running[i];
-    if (s.num_sampled() >= s.owner->max_tokens || s.remaining() != 1) continue;
+    if (s.remaining() != 1 || Plannable(s) != 1) continue;
     bool fits = true;
     while (fits && s.computed / block_size >= static_cast<int32_t>(s.blocks.size())) {
       if (home.pool.Allocate(1, s.blocks)) continue;
@@ -64,11 +74,12 @@ void Scheduler::PlanHome(Home& home, int64_t now_ns) {
     if (!fits) break;
     s.planned = 1;
     --home.budget;
+    --home.logit_rows;
   }
 
   // A sequence that is not planned yet needs a chunk, or waits for its last token to be committed.
-  const auto wants_chunk = [](const Sequence* s) {
-    return s->planned == 0 && s->remaining() > 1 && s->num_sampled() < s->owner->max_tokens;
+  const auto wants_chunk = [&home](const Sequence* s) {
+    return s->planned == 0 && s->remaining() > 1 && Chunk(home, *s) > 0;
   };
   home.blocked = false;
   size_t next = 0;
@@ -91,14 +102,15 @@ void Scheduler::PlanHome(Home& home, int64_t now_ns) {
       chosen = waiting;
       next = 0;  // `running` has grown somewhere, and may have lost its end
     }
-    chosen->planned = std::min(home.budget, chosen->remaining());
+    chosen->planned = Chunk(home, *chosen);
     home.budget -= chosen->planned;
+    home.logit_rows -= PlannedLogitRows(*chosen);
   }
 }
 
 bool Scheduler::MustWait(const Sequence& s) const {
   // Its next token is not known before a plan in flight is committed, or it has just made way.
-  if (s.pending > 0 || s.preempted_turn == turn_) return true;
+  if (s.pending > 0 || s.preempted_turn == turn_ || WaitsForScores(s)) return true;
   // Later outputs share the prompt's blocks instead of computing them again.
   if (!options_.prefix_cache || s.output_index == 0) return false;
   const Sequence& first = s.owner->outputs[0];
@@ -115,9 +127,9 @@ bool Scheduler::Admit(Home& home, Sequence& s, int64_t now_ns) {
 
   const auto tokens = std::span<const int32_t>(s.tokens);
   const int32_t before = home.pool.available();
-  // At least one token is left to compute, for its logits.
-  const ChainId chain =
-      home.pool.Match(tokens, s.owner->request->cache_salt, (s.total() - 1) / limits_.block_size, s.blocks);
+  // At least one token is left to compute, for its logits; of a prompt that is scored, all that have no score yet.
+  const int32_t first_row = FirstLogitRow(s);
+  const ChainId chain = home.pool.Match(tokens, s.owner->request->cache_salt, first_row / limits_.block_size, s.blocks);
   const int32_t hits = static_cast<int32_t>(s.blocks.size());
   const int32_t reserve = Reserve(home);
   const int32_t need = BlocksFor(s.total(), limits_.block_size) - hits;
@@ -143,6 +155,7 @@ bool Scheduler::Admit(Home& home, Sequence& s, int64_t now_ns) {
   s.registered = hits;
   s.chain = chain;
   s.sampled_since_admission = false;
+  s.admitted_step = next_step_;
   home.running.insert(std::ranges::upper_bound(home.running, &s, RanksBefore()), &s);
   Serve(s, s.computed);
   if (!s.admitted_once) {
@@ -150,7 +163,7 @@ bool Scheduler::Admit(Home& home, Sequence& s, int64_t now_ns) {
     if (!std::exchange(s.owner->admitted, true)) --totals_.waiting_requests;
     s.times.first_scheduled_ns = now_ns;
     s.cached_prompt_tokens = s.computed;
-    totals_.prefix_cache_queries += options_.prefix_cache ? s.num_prompt : 0;
+    totals_.prefix_cache_queries += options_.prefix_cache && first_row == s.num_prompt - 1 ? s.num_prompt : 0;
     totals_.prefix_cache_hits += s.computed;
     if (s.output_index == 0) totals_.prompt_tokens += s.num_prompt;
   }
@@ -158,16 +171,22 @@ bool Scheduler::Admit(Home& home, Sequence& s, int64_t now_ns) {
 }
 
 void Scheduler::Preempt(Home& home, Sequence& s) {
+  home.budget += s.planned;
+  home.logit_rows += PlannedLogitRows(s);
+  Withdraw(home, s);
+  s.preempted_turn = turn_;
+  ++s.num_preemptions;
+  ++totals_.preemptions;
+}
+
+// Back among those that wait, with nothing computed.
+void Scheduler::Withdraw(Home& home, Sequence& s) {
   std::erase(home.running, &s);
   home.pool.Release(s.blocks);
-  home.budget += s.planned;
   s.planned = s.computed = s.registered = 0;
   s.chain = 0;
   s.blocked_need = 0;
   s.state = SequenceState::kWaiting;
-  s.preempted_turn = turn_;
-  ++s.num_preemptions;
-  ++totals_.preemptions;
   home.waiting.insert(&s);
 }
 
@@ -184,7 +203,7 @@ void Scheduler::PreemptForTest() {
   }
 }
 
-void Scheduler::RegisterBlocks(Home& home, Sequence& s) {
+void Scheduler::RegisterBlocks(Home& home, Sequence& s, std::vector<int32_t>* registered) {
   if (!options_.prefix_cache) return;
   const int32_t block_size = limits_.block_size;
   const int32_t full = std::min<int32_t>(s.computed, s.tokens.size()) / block_size;
@@ -192,10 +211,11 @@ void Scheduler::RegisterBlocks(Home& home, Sequence& s) {
     const auto tokens =
         std::span<const int32_t>(s.tokens).subspan(static_cast<size_t>(s.registered) * block_size, block_size);
     s.chain = home.pool.Register(s.chain, tokens, s.owner->request->cache_salt, s.blocks[s.registered]);
+    if (registered != nullptr) registered->push_back(s.blocks[s.registered]);
   }
 }
 
-void Scheduler::PackHome(Home& home, std::vector<Sequence*>& rows) {
+void Scheduler::PackHome(Home& home, std::vector<Row>& rows) {
   HomePlanParts& parts = home.parts;
   parts.token_ids.clear();
   parts.positions.clear();
@@ -208,6 +228,9 @@ void Scheduler::PackHome(Home& home, std::vector<Sequence*>& rows) {
   parts.sampling.clear();
   parts.bias.clear();
   parts.history.clear();
+  parts.mask_rows.clear();
+  parts.masks.clear();
+  parts.targets.clear();
   const int32_t block_size = limits_.block_size;
   // Sequences of one row first: a backend runs them by other kernels than chunks.
   std::vector<Sequence*>& planned = home.planned;
@@ -233,6 +256,8 @@ void Scheduler::PackHome(Home& home, std::vector<Sequence*>& rows) {
     parts.block_tables.resize(parts.seq_lens.size() * parts.max_blocks, 0);
     const bool samples = end == s->total();
     Serve(*s, s->planned);
+    s->marks[next_step_ % Engine::kMaxInFlight] = {next_step_, s->computed, s->registered, s->chain};
+    PackScores(home, *s, rows);
     s->computed = end;
     if (!samples) continue;
     PackSampling(home, *s);
@@ -241,8 +266,9 @@ void Scheduler::PackHome(Home& home, std::vector<Sequence*>& rows) {
     ++s->pending;
     ++s->owner->rows_in_flight;
     s->sampled_since_admission = true;
-    rows.push_back(s);
+    rows.push_back({.sequence = s});
   }
+  if (!parts.targets.empty()) parts.targets.resize(parts.logit_rows.size(), -1);
 }
 
 void Scheduler::PackSampling(Home& home, Sequence& s) {
@@ -273,6 +299,7 @@ void Scheduler::PackSampling(Home& home, Sequence& s) {
     for (const int32_t token : owner.stops) parts.bias.push_back({token, -HUGE_VALF});
   }
   parts.history.insert(parts.history.end(), s.history.begin(), s.history.end());
+  PackMask(home, s);
 }
 
 }  // namespace soloist

@@ -50,7 +50,15 @@ absl::Status CheckSampling(const SamplingParams& p, const PlanLimits& limits) {
   if (p.num_top_logprobs < -1 || p.num_top_logprobs > kMaxTopLogprobs) {
     return InvalidArgument("num_top_logprobs is {}, allowed: -1 (none) to {}", p.num_top_logprobs, kMaxTopLogprobs);
   }
-  if (p.max_tokens < 1) return InvalidArgument("max_tokens is {}, allowed: 1 or more", p.max_tokens);
+  if (p.num_prompt_logprobs < -1 || p.num_prompt_logprobs > kMaxTopLogprobs) {
+    return InvalidArgument("num_prompt_logprobs is {}, allowed: -1 (none) to {}", p.num_prompt_logprobs,
+                           kMaxTopLogprobs);
+  }
+  const int32_t least_tokens = p.num_prompt_logprobs >= 0 ? 0 : 1;
+  if (p.max_tokens < least_tokens) {
+    return InvalidArgument("max_tokens is {}, allowed: {} or more{}", p.max_tokens, least_tokens,
+                           least_tokens == 1 ? " (0 with num_prompt_logprobs)" : "");
+  }
   if (p.min_tokens < 0 || p.min_tokens > p.max_tokens) {
     return InvalidArgument("min_tokens is {}, allowed: 0 to max_tokens, {}", p.min_tokens, p.max_tokens);
   }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <utility>
 
 #include "base/check.h"
@@ -22,29 +23,39 @@ void CountToken(Sequence& s, int32_t token, int32_t output_count) {
 
 }  // namespace
 
-Scheduler::Scheduler(const SchedulerOptions& options, const EngineInfo& info, int64_t first_step)
-    : options_(options), info_(info), limits_(info.limits), next_step_(first_step) {
+Scheduler::Scheduler(const SchedulerOptions& options, const EngineInfo& info, int64_t first_step,
+                     std::function<void()> mask_ready)
+    : options_(options),
+      limits_(info.limits),
+      micro_batches_(options.micro_batches, info),
+      mask_ready_(std::move(mask_ready)),
+      next_step_(first_step) {
   token_budget_ = std::max(1, std::min(options.max_tokens_per_step, limits_.max_tokens));
   // One token each, so that a decode never waits.
   max_running_ = std::max(1, std::min({options.max_sequences, limits_.max_sequences, token_budget_}));
   homes_.reserve(info.num_homes);
   for (int32_t h = 0; h < info.num_homes; ++h) homes_.emplace_back(limits_, options.prefix_cache);
   totals_.expert_tokens.resize(static_cast<size_t>(info.num_layers) * info.num_experts);
+  totals_.times.resize(info.num_homes);
 }
 
 Scheduler::~Scheduler() = default;
 
 int32_t Scheduler::ChooseHome(const Request& request) const {
-  const int32_t max_blocks = static_cast<int32_t>(request.prompt.size() - 1) / limits_.block_size;
-  int64_t least = homes_[0].to_serve;
-  for (const Home& home : homes_) least = std::min(least, home.to_serve);
+  // A prompt that is scored is computed all the same.
+  const int32_t last = request.sampling.num_prompt_logprobs < 0 ? static_cast<int32_t>(request.prompt.size()) - 1 : 0;
+  const int32_t max_blocks = last / limits_.block_size;
+  int64_t least = std::numeric_limits<int64_t>::max();
+  for (const Home& home : homes_) {
+    if (home.usable) least = std::min(least, home.to_serve);
+  }
   int32_t best = -1;
   int64_t best_hit = 0;
   for (int32_t h = 0; h < static_cast<int32_t>(homes_.size()); ++h) {
     const Home& home = homes_[h];
     const int64_t hit = static_cast<int64_t>(home.pool.CountCached(request.prompt, request.cache_salt, max_blocks)) *
                         limits_.block_size;
-    if (home.to_serve > least + hit + kHitDetourSteps * token_budget_) continue;
+    if (!home.usable || home.to_serve > least + hit + kHitDetourSteps * token_budget_) continue;
     if (best < 0 || hit > best_hit || (hit == best_hit && home.to_serve < homes_[best].to_serve)) {
       best = h;
       best_hit = hit;
@@ -67,12 +78,16 @@ void Scheduler::Add(Request request, int64_t now_ns) {
   }
   state->stops = p.stop_token_ids;
   for (const int32_t token : options_.eos_token_ids) {
-    if (!p.ignore_eos && token >= 0 && token < limits_.vocab_size) state->stops.push_back(token);
+    if (token < 0 || token >= limits_.vocab_size) continue;
+    if (!p.ignore_eos) state->stops.push_back(token);
+    // A constraint allows end tokens where the output may end, and nothing can follow them.
+    if (p.ignore_eos && request.constraint != nullptr) state->bias.push_back({token, -HUGE_VALF});
   }
   const int32_t home = ChooseHome(request);
   const std::string id = request.id;
   state->request = std::make_shared<const Request>(std::move(request));
   const std::vector<int32_t>& prompt = state->request->prompt;
+  if (state->request->sampling.num_prompt_logprobs >= 0) state->num_scores = static_cast<int32_t>(prompt.size()) - 1;
   state->outputs.resize(state->unfinished);
   for (int32_t i = 0; i < state->unfinished; ++i) {
     Sequence& s = state->outputs[i];
@@ -90,7 +105,9 @@ void Scheduler::Add(Request request, int64_t now_ns) {
     homes_[home].waiting.insert(&s);
   }
   ++totals_.waiting_requests;
+  RequestState& added = *state;
   CHECK(requests_.emplace(id, std::move(state)).second);
+  if (added.num_scores == 0) StartOutputs(added);
 }
 
 void Scheduler::Cancel(const std::string& request_id, int32_t output_index, FinishReason reason) {
@@ -140,12 +157,17 @@ void Scheduler::Finish(Sequence& s, FinishReason reason, int32_t stop_token, con
   Unqueue(HomeOf(s), s);
   Serve(s, s.to_serve);
   s.state = SequenceState::kFinished;
+  if (s.constraint != nullptr) {
+    std::erase(awaiting_mask_, &s);
+    s.next = nullptr;
+    s.constraint.reset();
+  }
   FinishEvent event;
   event.output_index = s.output_index;
   event.reason = reason;
   event.stop_token = stop_token;
   event.error = error;
-  event.retryable = reason == FinishReason::kError;
+  event.retryable = reason == FinishReason::kError && !absl::IsInvalidArgument(error);
   event.times = s.times;
   event.cached_prompt_tokens = s.cached_prompt_tokens;
   event.num_preemptions = s.num_preemptions;
@@ -164,6 +186,7 @@ std::optional<StepPlan> Scheduler::Schedule(int64_t now_ns) {
   // Then a pending token is always in the result of the step before.
   CHECK_LE(plans_in_flight(), Engine::kMaxInFlight - 1);
   ++turn_;
+  TakeMasks();
   PreemptForTest();
   Rebalance();
   int32_t max_home_tokens = 0;
@@ -173,12 +196,13 @@ std::optional<StepPlan> Scheduler::Schedule(int64_t now_ns) {
   }
   if (max_home_tokens == 0) return std::nullopt;
   InFlight flight;
-  flight.step = next_step_;
-  if (!spare_rows_.empty()) {
-    flight.rows = std::move(spare_rows_.back());
-    spare_rows_.pop_back();
+  if (!spare_.empty()) {
+    flight = std::move(spare_.back());
+    spare_.pop_back();
   }
+  flight.step = next_step_;
   flight.rows.resize(homes_.size());
+  flight.registered.resize(homes_.size());
   StepPlan plan;
   plan.step = next_step_;
   plan.homes.reserve(homes_.size());
@@ -188,42 +212,19 @@ std::optional<StepPlan> Scheduler::Schedule(int64_t now_ns) {
     plan.homes.emplace_back(home.parts, next_step_, max_home_tokens, home.previous_rows);
     home.previous_rows = static_cast<int32_t>(flight.rows[h].size());
     for (Sequence* s : home.running) {
-      if (s->planned > 0) RegisterBlocks(home, *s);
+      if (s->planned > 0) RegisterBlocks(home, *s, &flight.registered[h]);
     }
   }
+  micro_batches_.Apply(plan);
   in_flight_.push_back(std::move(flight));
   ++next_step_;
   return plan;
 }
 
-absl::Status Scheduler::CheckResult(const StepResult& result) const {
-  if (in_flight_.empty() || in_flight_.front().step != result.step) {
-    return Internal("result of step {}, expected {}", result.step, in_flight_.empty() ? -1 : in_flight_.front().step);
-  }
-  if (result.homes.size() != homes_.size()) {
-    return Internal("step {}: results of {} homes, expected {}", result.step, result.homes.size(), homes_.size());
-  }
-  for (size_t h = 0; h < homes_.size(); ++h) {
-    const HomeResult& r = result.homes[h];
-    const size_t rows = in_flight_.front().rows[h].size();
-    if (r.tokens.size() != rows || r.logprobs.size() != rows) {
-      return Internal("step {}: home {} has {} tokens and {} log-probabilities for {} rows", result.step, h,
-                      r.tokens.size(), r.logprobs.size(), rows);
-    }
-    if (!r.top_tokens.empty() &&
-        (r.top_tokens.size() != rows * kMaxTopLogprobs || r.top_logprobs.size() != rows * kMaxTopLogprobs)) {
-      return Internal("step {}: home {} has {} top tokens for {} rows", result.step, h, r.top_tokens.size(), rows);
-    }
-    if (!r.raw_logits.empty() && r.raw_logits.size() != rows * static_cast<size_t>(limits_.vocab_size)) {
-      return Internal("step {}: home {} has {} raw logits for {} rows", result.step, h, r.raw_logits.size(), rows);
-    }
-    for (size_t i = 0; i < rows; ++i) {
-      if (r.tokens[i] >= 0 && r.tokens[i] < limits_.vocab_size) continue;
-      return Internal("step {}: home {} row {} sampled token {}, vocabulary {}", result.step, h, i, r.tokens[i],
-                      limits_.vocab_size);
-    }
-  }
-  return absl::OkStatus();
+void Scheduler::Recycle(InFlight flight) {
+  for (auto& rows : flight.rows) rows.clear();
+  for (auto& blocks : flight.registered) blocks.clear();
+  spare_.push_back(std::move(flight));
 }
 
 absl::Status Scheduler::Commit(const StepResult& result, int64_t now_ns) {
@@ -232,20 +233,25 @@ absl::Status Scheduler::Commit(const StepResult& result, int64_t now_ns) {
   in_flight_.pop_front();
   for (size_t h = 0; h < homes_.size(); ++h) {
     for (size_t r = 0; r < flight.rows[h].size(); ++r) {
-      Sequence& s = *flight.rows[h][r];
-      --s.pending;
+      Sequence& s = *flight.rows[h][r].sequence;
       --s.owner->rows_in_flight;
+      if (flight.rows[h][r].scores) {
+        CommitScore(*s.owner, result.homes[h], static_cast<int32_t>(r));
+        continue;
+      }
+      --s.pending;
       if (s.state != SequenceState::kFinished) CommitToken(s, result.homes[h], static_cast<int32_t>(r), now_ns);
     }
-    flight.rows[h].clear();
+    CountTimes(static_cast<int32_t>(h), result.homes[h]);
     const std::vector<int64_t>& experts = result.homes[h].expert_rows;
     for (size_t i = 0; i < std::min(experts.size(), totals_.expert_tokens.size()); ++i) {
       totals_.expert_tokens[i] += experts[i];
     }
   }
-  spare_rows_.push_back(std::move(flight.rows));
+  Recycle(std::move(flight));
   std::erase_if(retired_, [](const auto& state) { return state->rows_in_flight == 0; });
   ++totals_.steps;
+  totals_.replays += result.replays;
   totals_.last_step_device_ns = result.device_ns;
   return absl::OkStatus();
 }
@@ -254,6 +260,7 @@ void Scheduler::CommitToken(Sequence& s, const HomeResult& result, int32_t row, 
   const RequestState& owner = *s.owner;
   const SamplingParams& p = owner.request->sampling;
   const int32_t token = result.tokens[row];
+  if (s.constraint != nullptr && !Allows(s, token)) return FinishWithoutToken(s);
   s.tokens.push_back(token);
   if (owner.track_history) CountToken(s, token, 1);
   if (s.times.first_token_ns == 0) s.times.first_token_ns = now_ns;
@@ -264,6 +271,7 @@ void Scheduler::CommitToken(Sequence& s, const HomeResult& result, int32_t row, 
   event.output_index = s.output_index;
   event.token = token;
   event.logprob = result.logprobs[row];
+  event.time_ns = now_ns;
   for (int32_t i = 0; i < p.num_top_logprobs && !result.top_tokens.empty(); ++i) {
     const size_t at = static_cast<size_t>(row) * kMaxTopLogprobs + i;
     if (result.top_tokens[at] < 0) break;
@@ -275,61 +283,20 @@ void Scheduler::CommitToken(Sequence& s, const HomeResult& result, int32_t row, 
   }
   events_.push_back({owner.request, std::move(event), false});
 
-  if (s.state == SequenceState::kRunning) RegisterBlocks(HomeOf(s), s);
+  if (s.state == SequenceState::kRunning) {
+    RegisterBlocks(HomeOf(s), s, in_flight_.empty() ? nullptr : &in_flight_.back().registered[s.home]);
+  }
   const int32_t outputs = static_cast<int32_t>(s.tokens.size()) - s.num_prompt;
   // The ban keeps stop tokens away before min_tokens; if it left nothing else to sample, it does not end the output.
   if (outputs > p.min_tokens && std::ranges::find(owner.stops, token) != owner.stops.end()) {
     Finish(s, FinishReason::kStop, token, absl::OkStatus());
   } else if (outputs >= owner.max_tokens) {
     Finish(s, FinishReason::kLength, -1, absl::OkStatus());
+  } else if (s.constraint != nullptr) {
+    Advance(s, token);
   }
 }
 
 std::vector<OutputEvent> Scheduler::TakeEvents() { return std::exchange(events_, {}); }
-
-LoadSnapshot Scheduler::Load() const {
-  LoadSnapshot load = totals_;
-  for (const Home& home : homes_) {
-    load.homes.push_back({.running_sequences = static_cast<int32_t>(home.running.size()),
-                          .waiting_sequences = static_cast<int32_t>(home.waiting.size()),
-                          .total_blocks = home.pool.total(),
-                          .used_blocks = home.pool.used(),
-                          .cached_blocks = home.pool.cached()});
-  }
-  load.running_requests = num_requests() - load.waiting_requests;
-  return load;
-}
-
-absl::Status Scheduler::CheckIntegrity(bool idle) const {
-  if (idle && (!requests_.empty() || !retired_.empty() || !in_flight_.empty())) {
-    return Internal("scheduler: idle with {} requests, {} retired, {} plans in flight", requests_.size(),
-                    retired_.size(), in_flight_.size());
-  }
-  for (size_t h = 0; h < homes_.size(); ++h) {
-    const Home& home = homes_[h];
-    std::vector<const std::vector<int32_t>*> tables;
-    int64_t to_serve = 0;
-    for (const Sequence* s : home.running) {
-      if (s->state != SequenceState::kRunning) return Internal("scheduler: home {} runs what is not running", h);
-      if (s->computed > static_cast<int64_t>(s->blocks.size()) * limits_.block_size) {
-        return Internal("scheduler: home {}: {} tokens in {} blocks", h, s->computed, s->blocks.size());
-      }
-      tables.push_back(&s->blocks);
-      to_serve += s->to_serve;
-    }
-    for (const Sequence* s : home.waiting) {
-      if (s->state != SequenceState::kWaiting || !s->blocks.empty()) {
-        return Internal("scheduler: home {}: a waiting sequence holds {} blocks", h, s->blocks.size());
-      }
-      to_serve += s->to_serve;
-    }
-    if (to_serve != home.to_serve)
-      return Internal("scheduler: home {} load {}, counted {}", h, home.to_serve, to_serve);
-    if (!std::ranges::is_sorted(home.running, RanksBefore())) return Internal("scheduler: home {} not sorted", h);
-    if (idle && home.pool.used() != 0) return Internal("scheduler: home {}: {} blocks leaked", h, home.pool.used());
-    RETURN_IF_ERROR(home.pool.CheckIntegrity(tables));
-  }
-  return absl::OkStatus();
-}
 
 }  // namespace soloist

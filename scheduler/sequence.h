@@ -3,15 +3,18 @@
 #ifndef SOLOIST_SCHEDULER_SEQUENCE_H_
 #define SOLOIST_SCHEDULER_SEQUENCE_H_
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <tuple>
 #include <unordered_map>
 #include <vector>
 
+#include "engine/engine.h"
 #include "engine/step.h"
 #include "scheduler/block_pool.h"
 #include "scheduler/request.h"
+#include "scheduler/token_constraint.h"
 
 namespace soloist {
 
@@ -40,9 +43,23 @@ struct Sequence {
   int32_t registered = 0;       // leading blocks known to the prefix index, or passed over as duplicates
   ChainId chain = 0;            // after them
 
+  // What each of the last plans found, to go back to when it is lost. Plan n's: marks[n % kMaxInFlight].
+  struct Mark {
+    int64_t step = 0;
+    int32_t computed = 0;
+    int32_t registered = 0;
+    ChainId chain = 0;
+  };
+  std::array<Mark, Engine::kMaxInFlight> marks;
+  int64_t admitted_step = 0;  // the plan of its last admission
+
   // Distinct tokens for the penalties; empty unless one is active.
   std::vector<TokenHistory> history;
   std::unordered_map<int32_t, int32_t> history_index;  // token -> entry
+
+  // See constrain.cc.
+  std::unique_ptr<TokenConstraint> constraint;  // null: none
+  const NextTokens* next = nullptr;             // the constraint's; null while it is being computed
 
   // Of the step being planned.
   int32_t planned = 0;
@@ -69,6 +86,10 @@ struct RequestState {
   int32_t unfinished = 0;      // outputs
   int32_t rows_in_flight = 0;  // rows of submitted plans that point to `outputs`
   bool admitted = false;       // an output has run
+  // See score.cc. Leading rows of the prompt that are scored; of those, in submitted plans; of those, committed.
+  int32_t num_scores = 0;
+  int32_t scores_planned = 0;
+  int32_t scores_committed = 0;
   bool track_history = false;
   bool history_of_prompt = false;
   std::vector<LogitBias> bias;    // the request's

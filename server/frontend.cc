@@ -1,12 +1,33 @@
 #include "server/frontend.h"
 
+#include <ctime>
 #include <utility>
 #include <variant>
 
 #include "base/logging.h"
 #include "base/status.h"
+#include "fmt/chrono.h"
+#include "server/request_log.h"
 
 namespace soloist {
+namespace {
+
+// Where the engine gives none.
+std::string PlainMessage(const RankStatus& rank) {
+  switch (rank.state) {
+    case RankState::kStarting:
+      return "starting";
+    case RankState::kReady:
+      return fmt::format("finished step {}", rank.last_step);
+    case RankState::kLost:
+      return "lost; the engine recovers";
+    case RankState::kFailed:
+      break;
+  }
+  return "failed";
+}
+
+}  // namespace
 
 Frontend::Frontend(FrontendOptions options, ModelDescription model, std::unique_ptr<const Tokenizer> tokenizer,
                    const Clock& clock)
@@ -23,6 +44,13 @@ Frontend::~Frontend() { Stop(); }
 
 void Frontend::Start(const Engine& engine, StepLoop& loop) {
   if (draining_) loop.Drain();
+  // Owned by whoever may still post: outputs end after the front end has stopped.
+  auto mask_threads = std::make_shared<WorkQueue>(options_.num_threads);
+  GrammarOptions options;
+  options.limits = options_.limits.output_form;
+  grammars_ = GrammarCompiler::Create(
+      *tokenizer_, engine.Info().limits.vocab_size, model_.eos_token_ids, options,
+      [queue = std::move(mask_threads)](std::function<void()> job) { queue->Post(std::move(job)); });
   engine_ = &engine;
   loop_ = &loop;
 }
@@ -48,47 +76,68 @@ absl::Status Frontend::Accepting() const {
   return absl::OkStatus();
 }
 
-absl::Status Frontend::Reserve(const std::string& request_id) {
+absl::Status Frontend::Reserve(const std::string& request_id, const std::string& trace_parent) {
   const std::lock_guard lock(mutex_);
   if (static_cast<int32_t>(open_.size()) >= options_.limits.max_streams) {
     return ResourceExhausted("{} requests are open, the limit is {}", open_.size(), options_.limits.max_streams);
   }
-  if (!open_.insert(request_id).second) return AlreadyExists("request_id '{}' is in use", request_id);
+  if (!open_.try_emplace(request_id, Open{.trace_parent = trace_parent, .stream = nullptr}).second)
+    return AlreadyExists("request_id '{}' is in use", request_id);
   return absl::OkStatus();
 }
 
-void Frontend::Generate(GenerationRequest request, const Callbacks& callbacks) {
-  absl::Status status = Accepting();
-  if (status.ok()) status = Validate(request, options_.limits, engine()->Info().limits);
-  if (!status.ok()) return callbacks.refused(status);
-  if (!request.request_id.has_value()) request.request_id = DrawRequestId();
-  if (auto* ids = std::get_if<std::vector<int32_t>>(&request.prompt)) {
-    std::vector<int32_t> prompt = std::move(*ids);
-    status = Admit(request, std::move(prompt), callbacks);
-    if (!status.ok()) callbacks.refused(status);
-    return;
-  }
-  const size_t bytes = std::get<std::string>(request.prompt).size();
-  auto tokenize_and_admit = [this, callbacks, request = std::move(request)] {
-    std::vector<int32_t> prompt = tokenizer_->Encode(
-        std::get<std::string>(request.prompt),
-        {.add_special_tokens = request.add_special_tokens, .parse_special_tokens = request.parse_special_tokens});
-    const absl::Status admitted = Admit(request, std::move(prompt), callbacks);
-    if (!admitted.ok()) callbacks.refused(admitted);
-  };
-  if (bytes <= kInlinePromptBytes) return tokenize_and_admit();
-  status = PostLarge(std::move(tokenize_and_admit));
-  if (!status.ok()) callbacks.refused(status);
+void Frontend::Refuse(const absl::Status& status, const Callbacks& callbacks) {
+  metrics_.Refused(status.code());
+  callbacks.refused(status);
 }
 
-absl::Status Frontend::Admit(const GenerationRequest& r, std::vector<int32_t> prompt, const Callbacks& callbacks) {
+void Frontend::Generate(GenerationRequest request, const Callbacks& callbacks) {
+  const int64_t received_ns = clock_.NowNs();
+  absl::Status status = Accepting();
+  if (status.ok()) status = Validate(request, options_.limits, engine()->Info().limits);
+  if (!status.ok()) return Refuse(status, callbacks);
+  if (!request.request_id.has_value()) request.request_id = DrawRequestId();
+  const auto* text = std::get_if<std::string>(&request.prompt);
+  const bool large = text != nullptr && text->size() > kInlinePromptBytes;
+  const bool compiles = request.output_form.has_value() && grammars_->Find(*request.output_form) == nullptr;
+  auto admit = [this, callbacks, received_ns, request = std::move(request)]() mutable {
+    const absl::Status admitted = TokenizeAndAdmit(std::move(request), received_ns, callbacks);
+    if (!admitted.ok()) Refuse(admitted, callbacks);
+  };
+  if (!large && !compiles) return admit();
+  status = large ? PostLarge(std::move(admit))
+                 : PostBounded(pending_forms_, options_.limits.max_pending_forms,
+                               "requests are waiting for their response format", std::move(admit));
+  if (!status.ok()) Refuse(status, callbacks);
+}
+
+absl::Status Frontend::TokenizeAndAdmit(GenerationRequest r, int64_t received_ns, const Callbacks& callbacks) {
+  if (auto* ids = std::get_if<std::vector<int32_t>>(&r.prompt)) {
+    std::vector<int32_t> prompt = std::move(*ids);
+    return Admit(r, std::move(prompt), received_ns, callbacks);
+  }
+  return Admit(r,
+               tokenizer_->Encode(std::get<std::string>(r.prompt), {.add_special_tokens = r.add_special_tokens,
+                                                                    .parse_special_tokens = r.parse_special_tokens}),
+               received_ns, callbacks);
+}
+
+absl::Status Frontend::Admit(const GenerationRequest& r, std::vector<int32_t> prompt, int64_t received_ns,
+                             const Callbacks& callbacks) {
   const auto prompt_tokens = static_cast<int32_t>(prompt.size());
+  const int32_t first_prompt_token = prompt.empty() ? 0 : prompt.front();
   ASSIGN_OR_RETURN(Request request, BuildRequest(r, std::move(prompt), model_.defaults, engine()->Info().limits));
   request.id = *r.request_id;
-  RETURN_IF_ERROR(Reserve(request.id));
+  if (r.output_form.has_value()) {
+    ASSIGN_OR_RETURN(request.constraint, grammars_->Compile(*r.output_form));
+  }
+  RETURN_IF_ERROR(Reserve(request.id, r.trace_parent));
   OutputStreamOptions options;
   options.request_id = request.id;
   options.prompt_tokens = prompt_tokens;
+  options.first_prompt_token = first_prompt_token;
+  options.received_ns = received_ns;
+  options.metrics = &metrics_;
   options.num_outputs = request.num_outputs;
   options.skip_special_tokens = r.skip_special_tokens;
   options.stop_strings = r.stop_strings;
@@ -104,10 +153,15 @@ absl::Status Frontend::Admit(const GenerationRequest& r, std::vector<int32_t> pr
   const uint64_t seed = request.sampling.seed;
   const std::string id = request.id;
   const absl::Status added = loop()->Add(std::move(request));
-  if (!added.ok()) {
-    Closed(id);
-    return added;
+  {
+    const std::lock_guard lock(mutex_);
+    if (added.ok()) {
+      open_.at(id).stream = stream;
+    } else {
+      open_.erase(id);
+    }
   }
+  RETURN_IF_ERROR(added);
   spdlog::debug("request {}: accepted, {} prompt tokens", id, prompt_tokens);
   callbacks.accepted(std::move(stream), seed);
   return absl::OkStatus();
@@ -125,22 +179,38 @@ absl::Status Frontend::Abort(const std::string& request_id) {
 }
 
 void Frontend::Closed(const std::string& request_id) {
-  const std::lock_guard lock(mutex_);
-  open_.erase(request_id);
+  Open closed;
+  {
+    const std::lock_guard lock(mutex_);
+    const auto it = open_.find(request_id);
+    if (it == open_.end()) return;
+    closed = std::move(it->second);
+    open_.erase(it);
+  }
+  if (!options_.log_requests || closed.stream == nullptr) return;
+  closed.stream->Process();
+  spdlog::info("request {}", RequestLogLine(*closed.stream, closed.trace_parent));
 }
 
 absl::Status Frontend::PostLarge(std::function<void()> job) {
-  if (pending_large_.fetch_add(1) >= options_.limits.max_pending_prompts) {
-    pending_large_ -= 1;
-    return ResourceExhausted("{} large prompts are waiting to be tokenized, the limit is {}",
-                             options_.limits.max_pending_prompts, options_.limits.max_pending_prompts);
+  return PostBounded(pending_large_, options_.limits.max_pending_prompts, "large prompts are waiting to be tokenized",
+                     std::move(job));
+}
+
+absl::Status Frontend::PostBounded(std::atomic<int32_t>& pending, int32_t limit, const char* what,
+                                   std::function<void()> job) {
+  if (pending.fetch_add(1) >= limit) {
+    pending -= 1;
+    return ResourceExhausted("{} {}, the limit is {}", limit, what, limit);
   }
-  prompt_threads_->Post([this, job = std::move(job)] {
+  prompt_threads_->Post([&pending, job = std::move(job)] {
     job();
-    pending_large_ -= 1;
+    pending -= 1;
   });
   return absl::OkStatus();
 }
+
+GrammarStats Frontend::grammar_stats() const { return loop() == nullptr ? GrammarStats() : grammars_->stats(); }
 
 void Frontend::Drain() {
   draining_ = true;
@@ -165,13 +235,9 @@ HealthReport Frontend::Health() const {
                              .busy_ns = {}});
     return report;
   }
-  const absl::Status engine_health = l->health();
-  report.checks.push_back({.name = "engine",
-                           .ok = engine_health.ok(),
-                           .message = engine_health.ok() ? "running" : std::string(engine_health.message()),
-                           .last_step_age_ns = {},
-                           .busy_ns = {}});
+  const EngineCondition condition = l->condition();
   const LoadSnapshot load = l->Load();
+  report.checks.push_back(EngineCheck(condition, load));
   report.checks.push_back({.name = "admission",
                            .ok = !draining_,
                            .message = draining_ ? "draining" : fmt::format("{} requests wait", load.waiting_requests),
@@ -194,15 +260,34 @@ HealthReport Frontend::Health() const {
                                     *check.busy_ns / 1'000'000'000, absl::ToInt64Seconds(options_.stall_after));
       }
     }
-    if (check.ok && check.message.empty()) check.message = fmt::format("finished step {}", rank.last_step);
+    if (check.message.empty()) check.message = PlainMessage(rank);
     ranks_ok = ranks_ok && check.ok;
     report.checks.push_back(std::move(check));
   }
-  report.state = !engine_health.ok() ? ServerState::kNotReady
-                 : draining_         ? ServerState::kDraining
-                 : !ranks_ok         ? ServerState::kDegraded
-                                     : ServerState::kReady;
+  const bool degraded = !ranks_ok || condition.state == EngineCondition::State::kRecovering;
+  report.state = condition.state == EngineCondition::State::kFailed ? ServerState::kNotReady
+                 : draining_                                        ? ServerState::kDraining
+                 : degraded                                         ? ServerState::kDegraded
+                                                                    : ServerState::kReady;
   return report;
+}
+
+HealthReport::Check Frontend::EngineCheck(const EngineCondition& condition, const LoadSnapshot& load) const {
+  HealthReport::Check check{.name = "engine",
+                            .ok = condition.state == EngineCondition::State::kRunning,
+                            .message = condition.message,
+                            .last_step_age_ns = {},
+                            .busy_ns = {}};
+  if (check.ok) check.message = "running";
+  if (condition.state != EngineCondition::State::kRecovering) return check;
+  check.message = fmt::format(
+      "recovering since {:%FT%TZ} ({:.1f} s): {}; waiting until the ranks are whole again, with {} running and {} "
+      "waiting "
+      "requests",
+      fmt::gmtime(static_cast<std::time_t>(UnixNs(condition.since_ns) / 1'000'000'000)),
+      static_cast<double>(clock_.NowNs() - condition.since_ns) * 1e-9, condition.message, load.running_requests,
+      load.waiting_requests);
+  return check;
 }
 
 }  // namespace soloist

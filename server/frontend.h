@@ -10,7 +10,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
-#include <unordered_set>
+#include <unordered_map>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -20,6 +20,8 @@
 #include "engine/engine.h"
 #include "scheduler/step_loop.h"
 #include "server/generation.h"
+#include "server/grammar/grammar_compiler.h"
+#include "server/metrics/request_metrics.h"
 #include "server/output_stream.h"
 #include "server/tokenizer/tokenizer.h"
 #include "server/work_queue.h"
@@ -36,7 +38,10 @@ struct ModelDescription {
 
 struct FrontendOptions {
   ServerLimits limits;
-  int num_threads = 2;  // that turn tokens into text and messages; as many again tokenize large prompts
+  // That turn tokens into text and messages; as many again tokenize large prompts and have output forms compiled, and
+  // as many compute masks of allowed tokens.
+  int num_threads = 2;
+  bool log_requests = true;  // one line for each request that ends, see request_log.h
   // A rank whose step has been running for longer is not ok.
   absl::Duration stall_after = absl::Seconds(30);
 };
@@ -51,6 +56,8 @@ struct HealthReport {
     std::optional<int64_t> last_step_age_ns;  // ranks
     std::optional<int64_t> busy_ns;           // ranks
   };
+  // kDegraded: a rank is not ok, or the engine recovers from the loss of one ("engine" says what was lost, since when,
+  // and what is being done; "rank/R" the same of a rank). Requests are accepted, and wait.
   ServerState state = ServerState::kStarting;
   std::vector<Check> checks;
 };
@@ -87,7 +94,8 @@ class Frontend {
   void Cancel(const std::string& request_id);
   // As Cancel; NOT_FOUND if no such request is open.
   absl::Status Abort(const std::string& request_id);
-  // After the stream's last event has been sent or its connection is gone. Once for each accepted request.
+  // After the stream's last event has been sent or its connection is gone. Once for each accepted request; whoever
+  // calls it is the stream's last consumer. Logs the request.
   void Closed(const std::string& request_id);
 
   // Runs `job` on one of the threads that serve streams.
@@ -95,10 +103,13 @@ class Frontend {
   // Runs `job` where large texts are tokenized; RESOURCE_EXHAUSTED if too many wait.
   absl::Status PostLarge(std::function<void()> job);
 
+  const RequestMetrics& request_metrics() const { return metrics_; }
   HealthReport Health() const;
   // Refuses new requests from now on.
   void Drain();
   int32_t open_streams() const;
+  // Zeros until Start.
+  GrammarStats grammar_stats() const;
 
   // Null until Start.
   const Engine* engine() const { return engine_.load(); }
@@ -116,8 +127,20 @@ class Frontend {
   static constexpr size_t kInlinePromptBytes = 8 << 10;
 
   absl::Status Accepting() const;
-  absl::Status Admit(const GenerationRequest& request, std::vector<int32_t> prompt, const Callbacks& callbacks);
-  absl::Status Reserve(const std::string& request_id);
+  HealthReport::Check EngineCheck(const EngineCondition& condition, const LoadSnapshot& load) const;
+  // What a request has brought along until it is closed.
+  struct Open {
+    std::string trace_parent;
+    std::shared_ptr<OutputStream> stream;  // null: being admitted
+  };
+
+  void Refuse(const absl::Status& status, const Callbacks& callbacks);
+  absl::Status PostBounded(std::atomic<int32_t>& pending, int32_t limit, const char* what, std::function<void()> job);
+  // Those that may take long.
+  absl::Status TokenizeAndAdmit(GenerationRequest request, int64_t received_ns, const Callbacks& callbacks);
+  absl::Status Admit(const GenerationRequest& request, std::vector<int32_t> prompt, int64_t received_ns,
+                     const Callbacks& callbacks);
+  absl::Status Reserve(const std::string& request_id, const std::string& trace_parent);
 
   const FrontendOptions options_;
   const ModelDescription model_;
@@ -128,10 +151,12 @@ class Frontend {
   std::atomic<const Engine*> engine_{nullptr};
   std::atomic<StepLoop*> loop_{nullptr};
   std::atomic<bool> draining_{false};
-  std::atomic<int32_t> pending_large_{0};
+  RequestMetrics metrics_;
+  std::atomic<int32_t> pending_large_{0}, pending_forms_{0};
+  std::unique_ptr<GrammarCompiler> grammars_;  // set before loop_
   mutable std::mutex mutex_;
-  absl::Status failure_;                  // mutex_
-  std::unordered_set<std::string> open_;  // mutex_; ids of accepted requests, and of those being admitted
+  absl::Status failure_;                        // mutex_
+  std::unordered_map<std::string, Open> open_;  // mutex_; accepted requests, and those being admitted, by id
   std::unique_ptr<WorkQueue> prompt_threads_;
   std::unique_ptr<WorkQueue> stream_threads_;
 };

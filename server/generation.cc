@@ -46,7 +46,11 @@ absl::Status CheckSampling(const GenerationRequest& r, const PlanLimits& plan_li
   RETURN_IF_ERROR(CheckRange("presence_penalty", r.presence_penalty, -2.0F, 2.0F));
   RETURN_IF_ERROR(CheckRange("frequency_penalty", r.frequency_penalty, -2.0F, 2.0F));
   RETURN_IF_ERROR(CheckRange("logprobs", r.logprobs, 0, kMaxTopLogprobs));
-  RETURN_IF_ERROR(CheckRange("max_tokens", r.max_tokens, 1, plan_limits.max_model_len));
+  RETURN_IF_ERROR(CheckRange("prompt_logprobs", r.prompt_logprobs, 0, kMaxTopLogprobs));
+  if (r.max_tokens == 0 && !r.prompt_logprobs.has_value()) {
+    return InvalidArgument("max_tokens is 0, allowed: 1 to {}, and 0 with prompt_logprobs", plan_limits.max_model_len);
+  }
+  RETURN_IF_ERROR(CheckRange("max_tokens", r.max_tokens, 0, plan_limits.max_model_len));
   RETURN_IF_ERROR(CheckRange("min_tokens", r.min_tokens, 0, r.max_tokens.value_or(plan_limits.max_model_len)));
   for (size_t i = 0; i < r.logit_bias.size(); ++i) {
     RETURN_IF_ERROR(CheckToken("logit_bias token_id", i, r.logit_bias[i].first, plan_limits));
@@ -72,6 +76,9 @@ absl::Status CheckStops(const GenerationRequest& r, const ServerLimits& limits, 
   return absl::OkStatus();
 }
 
+// That the context must leave for the output.
+int32_t LeastTokens(const GenerationRequest& r) { return r.max_tokens == 0 ? 0 : 1; }
+
 absl::Status CheckPrompt(const GenerationRequest& r, const ServerLimits& limits, const PlanLimits& plan_limits) {
   if (std::holds_alternative<std::monostate>(r.prompt)) {
     return InvalidArgument("the request has no prompt: give text or token_ids");
@@ -81,7 +88,7 @@ absl::Status CheckPrompt(const GenerationRequest& r, const ServerLimits& limits,
   }
   const auto& ids = std::get<std::vector<int32_t>>(r.prompt);
   if (ids.empty()) return InvalidArgument("the prompt is empty");
-  RETURN_IF_ERROR(CheckAtMost("tokens of the prompt", ids.size(), plan_limits.max_model_len - 1));
+  RETURN_IF_ERROR(CheckAtMost("tokens of the prompt", ids.size(), plan_limits.max_model_len - LeastTokens(r)));
   for (size_t i = 0; i < ids.size(); ++i) RETURN_IF_ERROR(CheckToken("prompt token_ids", i, ids[i], plan_limits));
   return absl::OkStatus();
 }
@@ -102,6 +109,7 @@ absl::Status Validate(const GenerationRequest& request, const ServerLimits& limi
   RETURN_IF_ERROR(CheckAtMost("number of logit_bias entries", request.logit_bias.size(), limits.max_logit_bias));
   RETURN_IF_ERROR(CheckSampling(request, plan_limits));
   RETURN_IF_ERROR(CheckStops(request, limits, plan_limits));
+  if (request.output_form.has_value()) RETURN_IF_ERROR(CheckOutputForm(*request.output_form, limits.output_form));
   RETURN_IF_ERROR(CheckAtMost("bytes of cache_salt", request.cache_salt.size(), limits.max_cache_salt_bytes));
   if (request.return_logits && !limits.allow_logits) {
     return InvalidArgument("return_logits is not allowed by this server");
@@ -116,8 +124,9 @@ absl::StatusOr<Request> BuildRequest(const GenerationRequest& r, std::vector<int
   const int64_t room = std::min<int64_t>(plan_limits.max_model_len,
                                          static_cast<int64_t>(plan_limits.num_blocks) * plan_limits.block_size) -
                        prompt_tokens;
-  if (room < 1) {
-    return InvalidArgument("tokens of the prompt: {}, the limit is {}", prompt_tokens, room + prompt_tokens - 1);
+  if (room < LeastTokens(r)) {
+    return InvalidArgument("tokens of the prompt: {}, the limit is {}", prompt_tokens,
+                           room + prompt_tokens - LeastTokens(r));
   }
   if (r.max_tokens.value_or(1) > room) {
     return InvalidArgument("prompt of {} tokens + max_tokens {} = {}, the limit is {}", prompt_tokens, *r.max_tokens,
@@ -138,6 +147,7 @@ absl::StatusOr<Request> BuildRequest(const GenerationRequest& r, std::vector<int
   p.frequency_penalty = r.frequency_penalty.value_or(p.frequency_penalty);
   p.seed = r.seed.has_value() ? *r.seed : DrawBits();
   p.num_top_logprobs = r.logprobs.value_or(-1);
+  p.num_prompt_logprobs = r.prompt_logprobs.value_or(-1);
   p.logit_bias = r.logit_bias;
   p.max_tokens = r.max_tokens.value_or(static_cast<int32_t>(room));
   p.min_tokens = r.min_tokens.value_or(0);

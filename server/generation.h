@@ -14,6 +14,7 @@
 #include "absl/status/statusor.h"
 #include "engine/engine.h"
 #include "scheduler/request.h"
+#include "server/grammar/output_form.h"
 
 namespace soloist {
 
@@ -28,8 +29,10 @@ struct ServerLimits {
   int32_t max_logit_bias = 1024;
   int32_t max_cache_salt_bytes = 256;
   int32_t max_request_id_bytes = 128;
-  int32_t max_streams = 4096;        // open at a time
-  int32_t max_pending_prompts = 64;  // large prompts waiting to be tokenized
+  int32_t max_streams = 4096;          // open at a time
+  int32_t max_pending_prompts = 1024;  // large prompts waiting to be tokenized
+  int32_t max_pending_forms = 1024;    // other requests waiting for their output form to be compiled
+  OutputFormLimits output_form;
   // What one stream may hold unread before its request is cancelled.
   int32_t max_buffered_tokens = 16384;
   int64_t max_buffered_bytes = 4 << 20;
@@ -69,10 +72,15 @@ struct GenerationRequest {
   bool include_stop = false;
   bool ignore_eos = false;
   std::optional<int32_t> logprobs;
+  // Of the prompt's tokens; absent: none. With it, max_tokens may be 0.
+  std::optional<int32_t> prompt_logprobs;
   std::optional<int32_t> priority;
   std::string cache_salt;
+  // W3C trace context ("traceparent") that came with the request; see request_log.h. Not checked.
+  std::string trace_parent;
   bool skip_special_tokens = true;
   bool return_logits = false;
+  std::optional<OutputForm> output_form;  // gRPC: response_format; absent: any text
 };
 
 // All that can be known before the prompt is tokenized. Cheap: linear in the request, no tokenizing.

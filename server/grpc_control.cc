@@ -35,7 +35,7 @@ grpc::ServerUnaryReactor* ControlService::GetLoad(grpc::CallbackServerContext* c
                                                   v1::GetLoadResponse* response) {
   const StepLoop* loop = frontend_.loop();
   if (loop == nullptr) return Reply(*context, Loading());
-  *response = LoadToProto(loop->Load(), *frontend_.engine(), frontend_.clock().NowNs(), frontend_.open_streams());
+  *response = LoadToProto(loop->Load(), frontend_);
   return Reply(*context, absl::OkStatus());
 }
 

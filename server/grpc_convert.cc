@@ -83,6 +83,17 @@ void SetDelta(const Delta& delta, bool logprobs, const Frontend& frontend, v1::O
   }
 }
 
+void SetPromptLogprobs(const PromptLogprobs& scores, const Tokenizer& tokenizer, v1::PromptLogprobs& out) {
+  out.set_first_index(scores.first);
+  for (int32_t i = 0; i < scores.size(); ++i) {
+    v1::TokenLogprobs& entry = *out.add_logprobs();
+    SetLogprob(scores.tokens[i], scores.logprobs[i], tokenizer, *entry.mutable_chosen());
+    for (int32_t at = i * scores.num_top; at < (i + 1) * scores.num_top && scores.top_tokens[at] >= 0; ++at) {
+      SetLogprob(scores.top_tokens[at], scores.top_logprobs[at], tokenizer, *entry.add_top());
+    }
+  }
+}
+
 void SetFinished(const OutputEnd& end, const Frontend& frontend, v1::OutputFinished& out) {
   out.set_output_index(end.output_index);
   out.set_reason(ToProto(end.reason));
@@ -100,6 +111,28 @@ void SetFinished(const OutputEnd& end, const Frontend& frontend, v1::OutputFinis
     out.mutable_error()->set_retryable(end.retryable);
   }
   SetTiming(end.times, frontend, *out.mutable_timing());
+}
+
+OutputForm FormFromProto(const v1::ResponseFormat& format) {
+  using Format = v1::ResponseFormat;
+  using Kind = OutputForm::Kind;
+  switch (format.format_case()) {
+    case Format::kJsonObject:
+      return {.kind = Kind::kJsonObject, .text = {}, .choices = {}};
+    case Format::kJsonSchema:
+      return {.kind = Kind::kJsonSchema, .text = format.json_schema(), .choices = {}};
+    case Format::kRegex:
+      return {.kind = Kind::kRegex, .text = format.regex(), .choices = {}};
+    case Format::kChoice:
+      return {.kind = Kind::kChoice,
+              .text = {},
+              .choices = {format.choice().texts().begin(), format.choice().texts().end()}};
+    case Format::kGrammar:
+      return {.kind = Kind::kGrammar, .text = format.grammar(), .choices = {}};
+    case Format::FORMAT_NOT_SET:
+      break;
+  }
+  return {};
 }
 
 }  // namespace
@@ -139,10 +172,12 @@ GenerationRequest FromProto(const v1::GenerateRequest& r) {
   out.include_stop = stop.include_in_output();
   out.ignore_eos = stop.ignore_eos();
   out.logprobs = Given(r, &R::has_logprobs, &R::logprobs);
+  out.prompt_logprobs = Given(r, &R::has_prompt_logprobs, &R::prompt_logprobs);
   out.priority = Given(r, &R::has_priority, &R::priority);
   out.cache_salt = r.cache_salt();
   out.skip_special_tokens = Given(r, &R::has_skip_special_tokens, &R::skip_special_tokens).value_or(true);
   out.return_logits = r.return_logits();
+  if (r.has_response_format()) out.output_form = FormFromProto(r.response_format());
   return out;
 }
 
@@ -152,6 +187,8 @@ v1::GenerateResponse ToProto(const StreamEvent& event, bool logprobs, const Fron
     SetDelta(*delta, logprobs, frontend, *out.mutable_delta());
   } else if (const auto* end = std::get_if<OutputEnd>(&event)) {
     SetFinished(*end, frontend, *out.mutable_finished());
+  } else if (const auto* scores = std::get_if<PromptLogprobs>(&event)) {
+    SetPromptLogprobs(*scores, frontend.tokenizer(), *out.mutable_prompt_logprobs());
   } else {
     const auto& all = std::get<RequestEnd>(event);
     v1::Usage& usage = *out.mutable_completed()->mutable_usage();
@@ -178,8 +215,10 @@ v1::HealthResponse ToProto(const HealthReport& report) {
   return out;
 }
 
-v1::GetLoadResponse LoadToProto(const LoadSnapshot& load, const Engine& engine, int64_t now_ns, int32_t open_streams) {
+v1::GetLoadResponse LoadToProto(const LoadSnapshot& load, const Frontend& frontend) {
+  const Engine& engine = *frontend.engine();
   const EngineInfo& info = engine.Info();
+  const int64_t now_ns = frontend.clock().NowNs();
   v1::GetLoadResponse out;
   for (const LoadSnapshot::Home& home : load.homes) {
     v1::HomeLoad& entry = *out.add_homes();
@@ -213,16 +252,28 @@ v1::GetLoadResponse LoadToProto(const LoadSnapshot& load, const Engine& engine, 
   }
   out.set_running_requests(load.running_requests);
   out.set_waiting_requests(load.waiting_requests);
-  out.set_open_streams(open_streams);
+  out.set_open_streams(frontend.open_streams());
   out.set_steps(load.steps);
   out.set_prompt_tokens(load.prompt_tokens);
   out.set_generated_tokens(load.generated_tokens);
   out.set_prefix_cache_queries(load.prefix_cache_queries);
   out.set_prefix_cache_hits(load.prefix_cache_hits);
   out.set_preemptions(load.preemptions);
+  out.set_recoveries(load.recoveries);
+  out.set_requeued_sequences(load.requeued_sequences);
+  out.set_replays(load.replays);
   out.set_finished_requests(load.finished_requests);
   out.set_last_step_device_ns(load.last_step_device_ns);
   out.set_schedule_ns(load.schedule_ns);
+  const GrammarStats grammar = frontend.grammar_stats();
+  v1::StructuredOutputLoad& structured = *out.mutable_structured_output();
+  structured.set_compiled(grammar.compiled);
+  structured.set_compile_ns(grammar.compile_ns);
+  structured.set_cache_hits(grammar.cache_hits);
+  structured.set_cached_bytes(grammar.cached_bytes);
+  structured.set_masks(grammar.masks);
+  structured.set_mask_ns(grammar.mask_ns);
+  structured.set_slowest_mask_ns(grammar.slowest_mask_ns);
   return out;
 }
 
@@ -244,6 +295,8 @@ v1::GetServerInfoResponse ServerInfoToProto(const Frontend& frontend) {
   l.set_max_streams(limits.max_streams);
   l.set_max_buffered_bytes(limits.max_buffered_bytes);
   l.set_max_buffered_tokens(limits.max_buffered_tokens);
+  l.set_max_response_format_bytes(limits.output_form.max_bytes);
+  l.set_max_choices(limits.output_form.max_choices);
   const Engine* engine = frontend.engine();
   if (engine == nullptr) return out;
   const EngineInfo& info = engine->Info();

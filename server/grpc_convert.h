@@ -21,7 +21,7 @@ v1::GenerateResponse ToProto(const StreamEvent& event, bool logprobs, const Fron
 
 v1::HealthResponse ToProto(const HealthReport& report);
 // The engine's numbers, in the schema's words.
-v1::GetLoadResponse LoadToProto(const LoadSnapshot& load, const Engine& engine, int64_t now_ns, int32_t open_streams);
+v1::GetLoadResponse LoadToProto(const LoadSnapshot& load, const Frontend& frontend);
 v1::GetServerInfoResponse ServerInfoToProto(const Frontend& frontend);
 v1::GetModelInfoResponse ModelInfoToProto(const Frontend& frontend);
 

@@ -141,22 +141,8 @@ class GenerateCall final : public grpc::ServerWriteReactor<v1::GenerateResponse>
     std::optional<StreamEvent> event = stream_->Next();
     if (!event.has_value()) return false;
     response_ = ToProto(*event, logprobs_, frontend_);
-    if (const auto* end = std::get_if<OutputEnd>(&*event)) LogEnd(*end);
     if (std::holds_alternative<RequestEnd>(*event)) ended_ = true;
     return true;
-  }
-
-  void LogEnd(const OutputEnd& end) const {
-    const RequestTimes& t = end.times;
-    const auto ms = [](int64_t from, int64_t to) {
-      return from == 0 || to == 0 ? 0 : static_cast<double>(to - from) * 1e-6;
-    };
-    spdlog::info(
-        "request {}: output {} ended ({}): {} prompt + {} output tokens, queue {:.1f} ms, TTFT {:.1f} ms, total {:.1f} "
-        "ms{}{}",
-        id_, end.output_index, FinishReasonName(end.reason), stream_->options().prompt_tokens, end.output_tokens,
-        ms(t.arrival_ns, t.first_scheduled_ns), ms(t.arrival_ns, t.first_token_ns), ms(t.arrival_ns, t.last_token_ns),
-        end.error.ok() ? "" : ": ", end.error.message());
   }
 
   void WatchSlowReader() {
@@ -212,7 +198,12 @@ grpc::ServerWriteReactor<v1::GenerateResponse>* InferenceService::Generate(grpc:
                                                                            const v1::GenerateRequest* request) {
   auto call = std::make_shared<GenerateCall>(frontend_, *context, request->has_logprobs());
   GenerateCall* reactor = call.get();
-  call->Begin(FromProto(*request));
+  GenerationRequest generation = FromProto(*request);
+  const auto& metadata = context->client_metadata();
+  if (const auto it = metadata.find("traceparent"); it != metadata.end()) {
+    generation.trace_parent.assign(it->second.data(), it->second.size());
+  }
+  call->Begin(std::move(generation));
   return reactor;
 }
 

@@ -6,6 +6,16 @@
 #include "base/status.h"
 
 namespace soloist {
+namespace {
+
+// Of one log-probability in a message, with its token's bytes: about.
+constexpr int64_t kLogprobBytes = 32;
+
+int64_t PromptBytes(const PromptLogprobs& scores) {
+  return int64_t{scores.size()} * (1 + scores.num_top) * static_cast<int64_t>(sizeof(int32_t) + sizeof(float));
+}
+
+}  // namespace
 
 OutputStream::OutputStream(OutputStreamOptions options, const Tokenizer& tokenizer, const Clock& clock,
                            std::function<void()> on_ready, std::function<void(int32_t)> cancel_output)
@@ -14,7 +24,8 @@ OutputStream::OutputStream(OutputStreamOptions options, const Tokenizer& tokeniz
       clock_(clock),
       stops_(options_.stop_strings),
       on_ready_(std::move(on_ready)),
-      cancel_output_(std::move(cancel_output)) {
+      cancel_output_(std::move(cancel_output)),
+      arrived_(options_.num_outputs) {
   outputs_.reserve(options_.num_outputs);
   for (int32_t i = 0; i < options_.num_outputs; ++i) {
     outputs_.emplace_back(tokenizer_, stops_, options_);
@@ -29,7 +40,21 @@ int64_t OutputStream::BytesOf(const TokenEvent& event) const {
                               event.logits.size() * sizeof(float) + tokenizer_.TokenBytes(event.token).size());
 }
 
+void OutputStream::Count(const TokenEvent& event) {
+  Arrived& arrived = arrived_[event.output_index];
+  if (options_.metrics != nullptr) {
+    if (arrived.tokens == 0) {
+      options_.metrics->FirstToken(event.time_ns - options_.received_ns);
+    } else {
+      options_.metrics->NextToken(event.time_ns - arrived.last_ns);
+    }
+  }
+  ++arrived.tokens;
+  arrived.last_ns = event.time_ns;
+}
+
 bool OutputStream::OnToken(TokenEvent event) {
+  Count(event);
   const int64_t bytes = BytesOf(event);
   // At least one token always fits.
   const int64_t tokens_before = buffered_tokens_.fetch_add(1);
@@ -41,22 +66,35 @@ bool OutputStream::OnToken(TokenEvent event) {
     overflowed_ = true;
     return false;
   }
-  bool was_empty;
-  {
-    const std::lock_guard lock(mutex_);
-    was_empty = inbox_.empty();
-    inbox_.emplace_back(std::move(event));
+  Arrive(std::move(event));
+  return true;
+}
+
+bool OutputStream::OnPromptLogprobs(const PromptLogprobs& event) {
+  const int64_t bytes = PromptBytes(event);
+  const int64_t bytes_before = buffered_bytes_.fetch_add(bytes);
+  if (overflowed_ || (bytes_before > 0 && bytes_before + bytes > options_.max_buffered_bytes)) {
+    buffered_bytes_ -= bytes;
+    overflowed_ = true;
+    return false;
   }
-  if (was_empty) on_ready_();
+  Arrive(event);
   return true;
 }
 
 void OutputStream::OnFinish(const FinishEvent& event) {
+  if (options_.metrics != nullptr) {
+    options_.metrics->Ended(event, options_.received_ns, options_.prompt_tokens, arrived_[event.output_index].tokens);
+  }
+  Arrive(event);
+}
+
+void OutputStream::Arrive(Arrival arrival) {
   bool was_empty;
   {
     const std::lock_guard lock(mutex_);
     was_empty = inbox_.empty();
-    inbox_.emplace_back(event);
+    inbox_.push_back(std::move(arrival));
   }
   if (was_empty) on_ready_();
 }
@@ -70,9 +108,29 @@ void OutputStream::Process() {
   for (auto& item : taken_) {
     if (auto* token = std::get_if<TokenEvent>(&item)) {
       ProcessToken(std::move(*token));
+    } else if (const auto* scores = std::get_if<PromptLogprobs>(&item)) {
+      ProcessPrompt(*scores);
     } else {
       ProcessFinish(std::get<FinishEvent>(item));
     }
+  }
+}
+
+void OutputStream::ProcessPrompt(const PromptLogprobs& all) {
+  const int64_t fit = options_.max_delta_bytes / ((1 + all.num_top) * kLogprobBytes);
+  const auto most = static_cast<int32_t>(std::clamp<int64_t>(fit, 1, all.size()));
+  for (int32_t begin = 0; begin < all.size(); begin += most) {
+    const int32_t count = std::min(most, all.size() - begin);
+    const auto part = [begin, count](const auto& from, int32_t width) {
+      const auto first = from.begin() + static_cast<std::ptrdiff_t>(begin) * width;
+      return std::vector(first, first + static_cast<std::ptrdiff_t>(count) * width);
+    };
+    prompt_.push_back({.first = all.first + begin,
+                       .num_top = all.num_top,
+                       .tokens = part(all.tokens, 1),
+                       .logprobs = part(all.logprobs, 1),
+                       .top_tokens = part(all.top_tokens, all.num_top),
+                       .top_logprobs = part(all.top_logprobs, all.num_top)});
   }
 }
 
@@ -134,7 +192,23 @@ void OutputStream::ProcessFinish(const FinishEvent& event) {
   end_.times.last_token_ns = std::max(end_.times.last_token_ns, out.end.times.last_token_ns);
 }
 
+std::vector<OutputEnd> OutputStream::ends() const {
+  std::vector<OutputEnd> ends;
+  ends.reserve(outputs_.size());
+  for (const Output& out : outputs_) {
+    ends.push_back(out.end);
+    ends.back().output_tokens = out.tokens;
+  }
+  return ends;
+}
+
 std::optional<StreamEvent> OutputStream::Next() {
+  if (!prompt_.empty()) {
+    PromptLogprobs part = std::move(prompt_.front());
+    prompt_.pop_front();
+    buffered_bytes_ -= PromptBytes(part);
+    return part;
+  }
   for (size_t i = 0; i < outputs_.size(); ++i) {
     Output& out = outputs_[turn_ % outputs_.size()];
     ++turn_;

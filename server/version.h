@@ -8,7 +8,7 @@ namespace soloist {
 
 inline constexpr char kVersion[] = "0.1.0";
 // One more with each addition to proto/soloist/v1.
-inline constexpr int32_t kSchemaRevision = 1;
+inline constexpr int32_t kSchemaRevision = 3;
 
 }  // namespace soloist
 

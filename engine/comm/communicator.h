@@ -26,6 +26,9 @@ class Communicator {
   virtual ~Communicator() = default;
   virtual int rank() const = 0;
   virtual int size() const = 0;
+  // How bytes travel, the slowest way in use: "local", "nvlink", "p2p" (GPU to GPU over PCIe), "ib", "shm" (through
+  // host memory), "tcp" or "socket" (NCCL's own TCP), from fast to slow; "unknown" where it could not be found out.
+  virtual std::string transport() const { return "local"; }
 
   // recv[s * bytes ..] on rank r = send[r * bytes ..] of rank s. send == recv is allowed when size() == 1.
   virtual absl::Status AllToAll(const void* send, void* recv, int64_t bytes_per_rank, Stream& stream) = 0;

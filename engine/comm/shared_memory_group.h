@@ -19,12 +19,10 @@
 
 #include "absl/status/status.h"
 #include "absl/time/time.h"
+#include "engine/comm/comm_op.h"
 #include "engine/comm/communicator.h"
 
 namespace soloist {
-
-enum class CommOp : int { kNone, kAllToAll, kAllToAllV, kAllReduceSum, kAllGather, kBroadcast, kBarrier, kSend, kRecv };
-const char* CommOpName(CommOp op);
 
 // What one rank brings to a collective. Written by the rank before the first meeting, read by all between the two.
 struct CommCall {

@@ -4,6 +4,7 @@
 #include <set>
 #include <utility>
 
+#include "base/check.h"
 #include "base/status.h"
 
 namespace soloist {
@@ -60,6 +61,31 @@ absl::StatusOr<ExpertPlacement> ExpertPlacement::FromMap(std::vector<int> expert
     }
   }
   return ExpertPlacement(std::move(expert_rank));
+}
+
+ExpertPlacement ExpertPlacement::ShareOut(const ExpertPlacement& base, const ExpertPlacement& current,
+                                          const std::vector<bool>& present) {
+  std::vector<int> map = base.expert_rank_;
+  std::vector<int> held(present.size(), 0);
+  std::vector<size_t> orphans;
+  for (size_t e = 0; e < map.size(); ++e) {
+    if (!present[map[e]]) map[e] = current.expert_rank_[e];
+    if (present[map[e]]) {
+      ++held[map[e]];
+    } else {
+      orphans.push_back(e);
+    }
+  }
+  for (const size_t e : orphans) {
+    int best = -1;
+    for (int r = 0; r < static_cast<int>(present.size()); ++r) {
+      if (present[r] && (best < 0 || held[r] < held[best])) best = r;
+    }
+    CHECK_GE(best, 0);
+    map[e] = best;
+    ++held[best];
+  }
+  return ExpertPlacement(std::move(map));
 }
 
 std::vector<int> ExpertPlacement::ExpertsOf(int rank) const {

@@ -40,6 +40,11 @@ class ExpertPlacement {
   // Any map; INVALID_ARGUMENT names the first rank outside [0, num_ranks).
   static absl::StatusOr<ExpertPlacement> FromMap(std::vector<int> expert_rank, int num_ranks);
 
+  // `base` where only the `present` [num_ranks] ranks are there, at least one: each orphan is where `current` has it if
+  // that rank is present, else with the present rank that has the fewest experts by then (the lowest of those).
+  static ExpertPlacement ShareOut(const ExpertPlacement& base, const ExpertPlacement& current,
+                                  const std::vector<bool>& present);
+
   const std::vector<int>& expert_rank() const { return expert_rank_; }
   // Expert ids that `rank` owns, ascending: index = local expert.
   std::vector<int> ExpertsOf(int rank) const;

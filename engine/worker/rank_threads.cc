@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "base/status.h"
+#include "engine/worker/plan_intake.h"
 #include "spdlog/spdlog.h"
 
 namespace soloist {
@@ -50,37 +51,10 @@ class RankThreads final : public Engine {
   const EngineInfo& Info() const override { return info_; }
 
   absl::Status Submit(StepPlan plan) override {
-    if (static_cast<int>(plan.homes.size()) != info_.num_homes) {
-      return InvalidArgument("plan: {} homes, the engine has {}", plan.homes.size(), info_.num_homes);
-    }
-    int32_t largest = 0;
-    for (const HomePlan& home : plan.homes) {
-      RETURN_IF_ERROR(home.Validate(info_.limits));
-      largest = std::max(largest, home.num_tokens());
-    }
-    for (int h = 0; h < info_.num_homes; ++h) {
-      const HomePlan& home = plan.homes[h];
-      if (home.max_home_tokens() != largest || home.step() != plan.step) {
-        return InvalidArgument("plan: home {} says step {} and {} tokens on the busiest home, expected {} and {}", h,
-                               home.step(), home.max_home_tokens(), plan.step, largest);
-      }
-    }
+    RETURN_IF_ERROR(intake_.CheckContents(plan));
     std::unique_lock lock(mutex_);
     if (!error_.ok()) return error_;
-    if (plan.step != last_submitted_ + 1) {
-      return InvalidArgument("plan: step {} after step {}", plan.step, last_submitted_);
-    }
-    if (pending_.size() >= kMaxInFlight) {
-      return FailedPrecondition("{} steps are in flight, limit {}", pending_.size(), kMaxInFlight);
-    }
-    for (int h = 0; h < info_.num_homes; ++h) {
-      if (plan.homes[h].previous_rows() > previous_rows_[h]) {
-        return InvalidArgument("plan: home {} refers to {} rows of the previous step, which had {}", h,
-                               plan.homes[h].previous_rows(), previous_rows_[h]);
-      }
-    }
-    for (int h = 0; h < info_.num_homes; ++h) previous_rows_[h] = plan.homes[h].num_logit_rows();
-    last_submitted_ = plan.step;
+    RETURN_IF_ERROR(intake_.Accept(plan, static_cast<int>(pending_.size())));
     auto step = std::make_unique<PendingStep>();
     step->result.step = plan.step;
     step->result.homes.resize(info_.num_homes);
@@ -117,7 +91,7 @@ class RankThreads final : public Engine {
       PendingStep* step = nullptr;
       {
         std::unique_lock lock(mutex_);
-        changed_.wait(lock, [&] { return stopping_ || !error_.ok() || last_submitted_ >= next; });
+        changed_.wait(lock, [&] { return stopping_ || !error_.ok() || intake_.last_step() >= next; });
         if (stopping_ || !error_.ok()) return;
         step = pending_[next - pending_.front()->plan.step].get();
         if (ranks_[rank].busy_since_ns == 0) ranks_[rank].busy_since_ns = clock_.NowNs();
@@ -159,7 +133,7 @@ class RankThreads final : public Engine {
     const int64_t now = clock_.NowNs();
     std::unique_lock lock(mutex_);
     PendingStep& step = *pending_[number - pending_.front()->plan.step];
-    ranks_[rank].busy_since_ns = last_submitted_ > number ? now : 0;
+    ranks_[rank].busy_since_ns = intake_.last_step() > number ? now : 0;
     ranks_[rank].last_step = number;
     ranks_[rank].last_step_ns = now;
     step.result.device_ns = std::max(step.result.device_ns, result->device_ns);
@@ -198,8 +172,7 @@ class RankThreads final : public Engine {
   std::condition_variable changed_;                   // a plan, an error or the end
   std::condition_variable done_;                      // a result or an error
   std::deque<std::unique_ptr<PendingStep>> pending_;  // submitted, not awaited
-  int64_t last_submitted_ = 0;
-  std::vector<int32_t> previous_rows_ = std::vector<int32_t>(info_.num_homes, 0);
+  PlanIntake intake_{info_};
   std::vector<RankStatus> ranks_;
   std::vector<int64_t> enqueued_ = std::vector<int64_t>(info_.num_ranks, 0);  // last step that the rank has enqueued
   absl::Status error_;

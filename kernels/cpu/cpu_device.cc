@@ -1,16 +1,15 @@
 #include "kernels/cpu/cpu_device.h"
 
-#include <sched.h>
 #include <sys/mman.h>
 
 #include <algorithm>
 #include <chrono>
 #include <cstring>
-#include <fstream>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "base/host_limits.h"
 #include "base/status.h"
 #include "kernels/cpu/cpu_ops.h"
 #include "kernels/cpu/simd.h"
@@ -39,23 +38,13 @@ class CpuEvent final : public Event {
   Clock::time_point time_ = Clock::now();
 };
 
-// "MemAvailable" of /proc/meminfo, bytes.
-int64_t AvailableBytes() {
-  std::ifstream file("/proc/meminfo");
-  std::string name, unit;
-  for (int64_t kib = 0; file >> name >> kib; std::getline(file, unit)) {
-    if (name == "MemAvailable:") return kib * 1024;
-  }
-  return 0;
-}
-
 // Zeroed pages, huge ones where the kernel gives them: weights and KV are read end to end.
 absl::StatusOr<Buffer> Map(int64_t bytes) {
   if (bytes < 0) return InvalidArgument("cpu: allocating {} bytes", bytes);
   if (bytes == 0) return Buffer();
   void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (data == MAP_FAILED) {
-    return ResourceExhausted("cpu: allocating {} bytes failed, {} are available", bytes, AvailableBytes());
+    return ResourceExhausted("cpu: allocating {} bytes failed, {} are available", bytes, AvailableMemoryBytes());
   }
   if (bytes >= (2 << 20)) madvise(data, bytes, MADV_HUGEPAGE);
   return Buffer(data, bytes, [](void* p, int64_t n) { munmap(p, n); });
@@ -72,6 +61,7 @@ class CpuDevice final : public Device {
   absl::StatusOr<std::unique_ptr<Stream>> CreateStream() override { return std::make_unique<CpuStream>(); }
   absl::StatusOr<std::unique_ptr<Event>> CreateEvent() override { return std::make_unique<CpuEvent>(); }
   void Record(Event& event, Stream&) override { static_cast<CpuEvent&>(event).Record(); }
+  void Wait(Stream&, const Event&) override {}  // it has run to its end when it is recorded
 
   bool can_capture() const override { return false; }
   absl::StatusOr<std::unique_ptr<Graph>> Capture(Stream&, const std::function<absl::Status()>&) override {
@@ -85,7 +75,7 @@ class CpuDevice final : public Device {
   void Copy(void* dst, const void* src, int64_t bytes, Stream&) override {
     if (bytes > 0) std::memcpy(dst, src, bytes);
   }
-  int64_t FreeBytes() const override { return AvailableBytes(); }
+  int64_t FreeBytes() const override { return AvailableMemoryBytes(); }
   Ops& ops() override { return *ops_; }
 
  private:
@@ -134,11 +124,7 @@ class CpuDeviceFactory final : public DeviceFactory {
 
 absl::StatusOr<std::unique_ptr<DeviceFactory>> CreateCpuDeviceFactory(int threads) {
   if (threads < 0 || threads > 1024) return InvalidArgument("--threads is {}, allowed: 0 (all cores) to 1024", threads);
-  if (threads == 0) {
-    cpu_set_t cores;
-    threads = sched_getaffinity(0, sizeof(cores), &cores) == 0 ? std::max(1, CPU_COUNT(&cores)) : 1;
-  }
-  return std::make_unique<CpuDeviceFactory>(threads);
+  return std::make_unique<CpuDeviceFactory>(threads > 0 ? threads : UsableCores());
 }
 
 }  // namespace soloist

@@ -143,17 +143,23 @@ class CpuOps final : public Ops {
         args.begins[args.num_experts] = std::accumulate(args.counts, args.counts + args.num_experts, 0);
       }
     }
+    const int64_t room = args.base != nullptr && args.room > 0 ? args.room : INT64_MAX;
     ForRows(args.x.rows, [&](int64_t i) {
       for (int64_t j = 0; j < experts.cols; ++j) {
         int32_t& slot = args.slots.row<int32_t>(i)[j];
+        if (slot >= room) slot = -1;
         if (slot < 0) continue;
         slot += static_cast<int32_t>(base[experts.row<const int32_t>(i)[j]]);
         CopyRow(args.x, i, args.dst, slot);
       }
     });
+    int32_t sent[kMaxExperts];
+    for (int e = 0; e < args.num_experts; ++e) {
+      sent[e] = static_cast<int32_t>(std::min<int64_t>(args.counts[e], room));
+    }
     // Last, so that rows beyond an expert's room (a row that chose it twice) do not hide that from the receiver.
     for (int r = 0; r < args.num_headers; ++r) {
-      std::memcpy(static_cast<char*>(args.dst.data) + r * args.header_stride_bytes, args.counts,
+      std::memcpy(static_cast<char*>(args.dst.data) + r * args.header_stride_bytes, sent,
                   args.num_experts * sizeof(int32_t));
     }
   }

@@ -42,6 +42,17 @@ void TopLogprobs(const float* logits, int64_t n, int k, float log_sum, int32_t* 
   for (int i = 0; i < found; ++i) logprobs[i] -= log_sum;
 }
 
+void ApplyMask(const uint32_t* mask, float* logits, int64_t n) {
+  for (int64_t begin = 0; begin < n; begin += 32) {
+    const uint32_t word = mask[begin / 32];
+    if (word == ~0u) continue;
+    const int64_t end = std::min<int64_t>(begin + 32, n);
+    for (int64_t i = begin; i < end; ++i) {
+      if ((word >> (i - begin) & 1u) == 0) logits[i] = kBanned;
+    }
+  }
+}
+
 void Penalize(const SampleArgs& args, int r, const SamplingRow& row, float* logits) {
   const int32_t end = args.params[r + 1].history_begin;
   const int32_t pending = row.pending_row >= 0 ? args.previous_tokens[row.pending_row] : -1;
@@ -136,12 +147,20 @@ void SampleRow(const SampleArgs& args, int r) {
   const float max = Max(logits, n), log_sum = max + std::log(SumExp(logits, max, nullptr, n));
   TopLogprobs(logits, n, std::max(0, row.num_top_logprobs), log_sum, args.top_tokens + int64_t{r} * kMaxTopLogprobs,
               args.top_logprobs + int64_t{r} * kMaxTopLogprobs);
+  if (const int32_t target = args.targets == nullptr ? -1 : args.targets[r]; target >= 0) {
+    args.tokens[r] = target;
+    args.logprobs[r] = logits[target] - log_sum;
+    return;
+  }
 
   const int32_t bias_end = args.params[r + 1].bias_begin;
   const bool penalties = row.repetition_penalty != 1 || row.presence_penalty != 0 || row.frequency_penalty != 0;
   // The chosen token's raw logit is needed after the row has been changed.
   thread_local std::vector<float> raw;
   raw.assign(logits, logits + n);
+  if (const int32_t mask = args.mask_of_row == nullptr ? -1 : args.mask_of_row[r]; mask >= 0) {
+    ApplyMask(reinterpret_cast<const uint32_t*>(args.masks) + mask * TokenMaskWords(n), logits, n);
+  }
   if (penalties) Penalize(args, r, row, logits);
   for (int32_t i = row.bias_begin; i < bias_end; ++i) logits[args.bias[i].token] += args.bias[i].bias;
   int32_t token;

@@ -32,6 +32,7 @@ class CudaEvent final : public Event {
     stream.Note(cudaEventRecord(event_, stream.get()), "cudaEventRecord");
     noted_ = stream.status();
   }
+  cudaEvent_t get() const { return event_; }
 
  private:
   const cudaEvent_t event_;
@@ -99,6 +100,10 @@ class CudaDevice final : public Device {
     return std::make_unique<CudaEvent>(event, device_);
   }
   void Record(Event& event, Stream& stream) override { static_cast<CudaEvent&>(event).Record(AsCuda(stream)); }
+  void Wait(Stream& stream, const Event& event) override {
+    const cudaEvent_t awaited = static_cast<const CudaEvent&>(event).get();
+    AsCuda(stream).Note(cudaStreamWaitEvent(AsCuda(stream).get(), awaited, 0), "cudaStreamWaitEvent");
+  }
 
   bool can_capture() const override { return true; }
   absl::StatusOr<std::unique_ptr<Graph>> Capture(Stream& stream,

@@ -19,6 +19,7 @@ class CudaStream final : public Stream {
   CudaStream(cudaStream_t stream, int device) : stream_(stream), device_(device) {}
   ~CudaStream() override;
   absl::Status Synchronize() override;
+  void* native_handle() override { return stream_; }
 
   cudaStream_t get() const { return stream_; }
   // Keeps the first error of an enqueuing call, named by what was enqueued.

@@ -32,6 +32,8 @@ GroupedActivation ActivationOf(Activation activation) {
 
 // Every row's width: what GroupedGemm takes.
 constexpr int64_t kWidthUnit = 64;
+// And a product's: of columns, and of the distance of its rows.
+constexpr int64_t kColumnUnit = 16, kStrideUnit = 8;
 
 BFloat16* Bf16(const Tensor& tensor) { return tensor.as<BFloat16>(); }
 
@@ -46,6 +48,10 @@ absl::Status CudaOps::Prepare(const OpLimits& limits, Device& device) {
   for (const auto& [name, width] : widths) {
     if (width % kWidthUnit != 0)
       return InvalidArgument("{} is {}, on CUDA it must be a multiple of {}", name, width, kWidthUnit);
+  }
+  if (options_.deterministic && (limits.vocab_size % kStrideUnit != 0 || limits.vocab_size < kColumnUnit)) {
+    return InvalidArgument("vocab_size is {}, in deterministic mode on CUDA it must be a multiple of {}, at least {}",
+                           limits.vocab_size, kStrideUnit, kColumnUnit);
   }
   const int64_t kv_row = 4 * int64_t{limits.num_kv_heads} * limits.head_dim;
   const int decode_rows = static_cast<int>(std::min<int64_t>(limits.max_sequences, kDecodeAttentionMaxRows));
@@ -131,9 +137,16 @@ void CudaOps::Linear(const Tensor& x, const Tensor& w, const Tensor& out, Stream
   CHECK(x.cols == w.cols && out.cols == w.rows && x.rows == out.rows && w.stride == w.cols);
   if (x.rows == 0) return;
   if (!options_.deterministic) return ByLibrary(x, w, out, stream);
+  // A width of 8 more than a multiple of GroupedGemm's unit (a vocabulary): the last columns once more, alike.
+  const int64_t even = w.rows / kColumnUnit * kColumnUnit;
   for (int64_t row = 0; row < x.rows; row += kMaxFewRows) {
     const int64_t rows = std::min(kMaxFewRows, x.rows - row);
-    FewRows(x.Rows(row, rows), w, out.Rows(row, rows), stream);
+    const Tensor from = x.Rows(row, rows), to = out.Rows(row, rows);
+    FewRows(from, w.Rows(0, even), to.Cols(0, even), stream);
+    if (even < w.rows) {
+      const int64_t last = w.rows - kColumnUnit;
+      FewRows(from, w.Rows(last, kColumnUnit), to.Cols(last, kColumnUnit), stream);
+    }
   }
 }
 

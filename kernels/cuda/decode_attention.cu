@@ -29,7 +29,7 @@ bool Valid(const DecodeAttentionArgs& args) {
 
 int64_t DecodeAttentionWorkspaceBytes(int max_rows, int64_t max_len, int num_heads, int head_dim) {
   return decode::kCounterBytes + decode::kTicketBytes +
-         int64_t{max_rows} * num_heads * decode::MaxChunks(max_len, decode::kChunkKeys) * (head_dim + 2) * 4;
+         decode::SlotBytes(max_rows, max_len, num_heads, head_dim, decode::kChunkKeys);
 }
 
 cudaError_t DecodeAttention(const DecodeAttentionArgs& args, cudaStream_t stream) {

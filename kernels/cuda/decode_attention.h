@@ -5,11 +5,12 @@
 // with kv(h) = h / (num_heads / num_kv_heads) and j in [max(0, kv_lens[i] - window), kv_lens[i]). Sums in float32; the
 // probabilities are rounded to bfloat16 (FP8 cache: to half) before they meet the values.
 //
-// A row's keys are cut into chunks at multiples of a chunk size that depends on the number of keys that it sees alone.
+// A row's keys are cut into chunks at multiples of a chunk size that depends on the number of keys that it sees and on
+// whether the rows of the call are few, some or many for the device (not on which they are).
 // A work item is one chunk of one (row, kv head); the items of all rows are dealt out to a grid that fills the device
 // once, so that uneven lengths balance. Chunks of one pair meet in the workspace and are merged in order by whichever
-// block finishes the pair. Hence a row's bits depend on its own q, keys, length, window and scale, never on the other
-// rows or the grid.
+// block finishes the pair. Hence a row's bits depend on its own q, keys, length, window, scale and the number of rows
+// of the call, never on the other rows' contents or the grid.
 #ifndef SOLOIST_KERNELS_CUDA_DECODE_ATTENTION_H_
 #define SOLOIST_KERNELS_CUDA_DECODE_ATTENTION_H_
 
@@ -30,9 +31,8 @@ struct DecodeAttentionArgs {
   KvLayer kv;                   // BF16 or F8E4M3 (plain values, no scale)
   // Device memory, read by the kernel when it runs, so that a captured graph may be replayed with other contents:
   const int32_t* kv_lens = nullptr;       // [num_rows] keys of the row before the window is applied; 0: out row = 0
-  const int32_t* table_rows = nullptr;    // [num_rows] the row's row of block_tables; null: row i has table row i
-  const int32_t* block_tables = nullptr;  // [.., max_blocks] block ids; only those of visible keys are read
-  // Whether no kernel writes kv_lens, table_rows and block_tables, but a copy in front of the step's kernels. They are
+  const int32_t* block_tables = nullptr;  // [num_rows, max_blocks] block ids; only those of visible keys are read
+  // Whether no kernel writes kv_lens and block_tables, but a copy in front of the step's kernels. They are
   // then read, and the first keys prefetched, while the kernels before this one still run.
   bool early_tables = false;
   int max_blocks = 0;

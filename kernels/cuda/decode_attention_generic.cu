@@ -56,8 +56,7 @@ __global__ __launch_bounds__(kBlock) void GenericKernel(const DecodeAttentionArg
   const int64_t bound = args.max_len;
   const int len = static_cast<int>(args.kv_lens[row] < bound ? args.kv_lens[row] : bound);
   const int begin = args.sliding_window > 0 ? max(0, len - args.sliding_window) : 0;
-  const int table_row = args.table_rows != nullptr ? args.table_rows[row] : row;
-  const int32_t* table = args.block_tables + static_cast<int64_t>(table_row) * args.max_blocks;
+  const int32_t* table = args.block_tables + static_cast<int64_t>(row) * args.max_blocks;
   float q[kWidth] = {};
   if (active) {
     LoadWidth(

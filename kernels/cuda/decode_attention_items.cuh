@@ -14,7 +14,9 @@ constexpr int kFinisherWarps = 2;  // make results of the consumers' sums
 constexpr int kConsumers = 32 * kConsumerWarps;
 constexpr int kFinishers = 32 * kFinisherWarps;
 constexpr int kThreads = kConsumers + kFinishers + 32;  // and one warp that feeds the pipeline
-constexpr int kChunkKeys = 512;                         // of a row that needs no more than kMaxChunks of them
+constexpr int kChunkKeys = 512;                         // of a row that needs no more than kMaxChunks of them; and
+constexpr int kManyChunkKeys = 1024;                    // where the pairs alone fill the device
+constexpr int kFewChunkKeys = 256;                      // where they leave most of it idle
 constexpr int kMaxChunks = 64;                          // of one row
 constexpr int kMaxGroup = 16;                           // heads per kv head
 constexpr int kMaxPairs = 1 << 16;                      // rows * kv heads
@@ -29,6 +31,13 @@ __host__ __device__ inline int64_t ChunkKeys(int64_t keys, int64_t chunk_keys) {
   while (keys > chunk_keys * (kMaxChunks - 1)) chunk_keys *= 2;
   return chunk_keys;
 }
+// Chunks of a row of `len` keys of which those from `begin` on are seen. A last one that would have no more than a
+// quarter of a chunk belongs to the one before it.
+__device__ __forceinline__ int NumChunks(int begin, int len, int chunk_keys) {
+  const int first = begin / chunk_keys, last = (len - 1) / chunk_keys;
+  const bool short_last = last > first && len - last * chunk_keys <= chunk_keys / 4;
+  return last - first + (short_last ? 0 : 1);
+}
 // Bound of the chunks of any row of up to max_len keys.
 inline int MaxChunks(int64_t max_len, int chunk_keys) {
   const int64_t chunks = (max_len + chunk_keys - 1) / chunk_keys + 1;
@@ -42,7 +51,6 @@ struct Params {
   const __nv_bfloat16* q;
   int64_t q_stride;
   const int32_t* kv_lens;
-  const int32_t* table_rows;
   const int32_t* block_tables;
   __nv_bfloat16* out;
   int64_t out_stride;

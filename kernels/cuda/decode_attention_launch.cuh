@@ -11,13 +11,12 @@
 
 namespace soloist::cuda::decode {
 
-// Blocks per multiprocessor, stages of a block's ring (fewer where they would not fit), keys of a chunk. Found by
+// Blocks per multiprocessor, stages of a block's ring (fewer where they would not fit). Found by
 // measurement: 64 to 128 KB on their way per multiprocessor are enough; more only lengthens the queue in which
 // everything else waits.
 struct Tuning {
   int blocks_per_sm = 1;
   int max_stages = 3;
-  int chunk_keys = kChunkKeys;
   bool prefetch = true;  // the first keys, into the L2 cache; with early_tables
 };
 
@@ -59,11 +58,23 @@ inline cudaError_t EncodeMap(const KvLayer& kv, void* data, CUtensorMap* map) {
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
+inline int64_t SlotBytes(int rows, int64_t max_len, int num_heads, int head_dim, int chunk_keys) {
+  return int64_t{rows} * num_heads * MaxChunks(max_len, chunk_keys) * (head_dim + 2) * 4;
+}
+
+// Long chunks cost less to merge, short ones occupy more multiprocessors.
+inline int ChooseChunkKeys(const DecodeAttentionArgs& args, int sms) {
+  const int64_t pairs = int64_t{args.num_rows} * args.kv.num_kv_heads;
+  if (pairs >= 2 * int64_t{sms}) return kManyChunkKeys;
+  const int64_t room = args.workspace_bytes - kCounterBytes - kTicketBytes;
+  const bool fits = SlotBytes(args.num_rows, args.max_len, args.num_heads, args.kv.head_dim, kFewChunkKeys) <= room;
+  return 2 * pairs < sms && fits ? kFewChunkKeys : kChunkKeys;
+}
+
 template <bool kFp8, int kHeadDim, int kQueryTiles>
 cudaError_t LaunchTensorCores(const DecodeAttentionArgs& args, const Tuning& tuning, cudaStream_t stream) {
   const auto kernel = DecodeAttentionKernel<kFp8, kHeadDim, kQueryTiles>;
   constexpr uint64_t kEvictFirst = 0x12F0000000000000;  // as createpolicy.fractional makes them
-  constexpr uint64_t kEvictNormal = 0x1000000000000000;
   Params p;
   cudaError_t error = EncodeMap(args.kv, args.kv.keys, &p.keys);
   if (error == cudaSuccess) error = EncodeMap(args.kv, args.kv.values, &p.values);
@@ -71,12 +82,10 @@ cudaError_t LaunchTensorCores(const DecodeAttentionArgs& args, const Tuning& tun
   p.q = reinterpret_cast<const __nv_bfloat16*>(args.q);
   p.q_stride = args.q_stride;
   p.kv_lens = args.kv_lens;
-  p.table_rows = args.table_rows;
   p.block_tables = args.block_tables;
   p.out = reinterpret_cast<__nv_bfloat16*>(args.out);
   p.out_stride = args.out_stride;
-  // Rows that share a table read the same keys one soon after the other; else a key is read once.
-  p.policy = args.table_rows != nullptr ? kEvictNormal : kEvictFirst;
+  p.policy = kEvictFirst;  // a key is read once
   p.max_blocks = args.max_blocks;
   p.max_len = static_cast<int>(args.max_len);
   p.num_rows = args.num_rows;
@@ -86,9 +95,15 @@ cudaError_t LaunchTensorCores(const DecodeAttentionArgs& args, const Tuning& tun
   p.window = args.sliding_window;
   p.early_tables = args.early_tables;
   p.prefetch = tuning.prefetch;
-  p.chunk_keys = tuning.chunk_keys;
-  p.max_chunks = MaxChunks(args.max_len, tuning.chunk_keys);
   p.scale_log2 = args.scale * static_cast<float>(M_LOG2E);
+
+  int device, sms, sm_bytes, block_bytes;
+  if ((error = cudaGetDevice(&device)) != cudaSuccess) return error;
+  cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+  cudaDeviceGetAttribute(&sm_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  cudaDeviceGetAttribute(&block_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  p.chunk_keys = ChooseChunkKeys(args, sms);
+  p.max_chunks = MaxChunks(args.max_len, p.chunk_keys);
 
   char* workspace = static_cast<char*>(args.workspace);
   const int64_t slots = int64_t{args.num_rows} * args.num_heads * p.max_chunks;
@@ -97,11 +112,6 @@ cudaError_t LaunchTensorCores(const DecodeAttentionArgs& args, const Tuning& tun
   p.partial_o = reinterpret_cast<float*>(workspace + kCounterBytes + kTicketBytes);
   p.partial_ml = reinterpret_cast<float2*>(p.partial_o + slots * kHeadDim);
 
-  int device, sms, sm_bytes, block_bytes;
-  if ((error = cudaGetDevice(&device)) != cudaSuccess) return error;
-  cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-  cudaDeviceGetAttribute(&sm_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-  cudaDeviceGetAttribute(&block_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   const int budget = std::min(block_bytes, sm_bytes / tuning.blocks_per_sm - 1024);  // 1 KB is the system's
   const auto bytes = [&](int stages) {
     return SharedLayout(stages, p.group, kHeadDim, kFp8 ? 1 : 2, p.num_rows).total;

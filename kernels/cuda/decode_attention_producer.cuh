@@ -125,8 +125,7 @@ class Producer {
       int chunks = 0;
       if (len > 0) {
         const int begin = BeginOf(len);
-        const int chunk_keys = ChunkKeysOf(begin, len);
-        chunks = (len - 1) / chunk_keys - begin / chunk_keys + 1;
+        chunks = NumChunks(begin, len, ChunkKeysOf(begin, len));
       }
       int sum = chunks;
 #pragma unroll
@@ -167,16 +166,15 @@ class Producer {
     const int chunk_keys = ChunkKeysOf(begin, len);
     const int chunk_begin = (begin / chunk_keys + item.chunk) * chunk_keys;
     item.begin = max(begin, chunk_begin);
-    item.end = min(len, chunk_begin + chunk_keys);
+    item.end = item.chunk == item.num_chunks - 1 ? len : chunk_begin + chunk_keys;
     work.loaded = item.begin / kTileKeys * kTileKeys >> p_.block_shift;
     return work;
   }
 
   // Where the table entry lies that this lane keeps when those from `block` on are kept.
   __device__ __forceinline__ const int32_t* Entry(const Item& item, int block) const {
-    const int table_row = p_.table_rows != nullptr ? __ldcg(p_.table_rows + item.row) : item.row;
     const int last_block = (item.end - 1) >> p_.block_shift;
-    return p_.block_tables + static_cast<int64_t>(table_row) * p_.max_blocks + min(block + lane_, last_block);
+    return p_.block_tables + static_cast<int64_t>(item.row) * p_.max_blocks + min(block + lane_, last_block);
   }
 
   __device__ __forceinline__ Boxes FindBoxes(int tile) {

@@ -2,7 +2,7 @@
 //
 // A choice's key is its expert id (rows have a base per expert) or its expert's position in `order` (packed rows). With
 // bases, its slot is base[expert] + (earlier choices with the same key); packed, it is its rank among all choices by
-// (key, choice): both depend on the choices' order alone.
+// (key, choice): both depend on the choices' order alone. Earlier choices that fill the expert's room leave it none.
 //
 // Few choices: one kernel, whose blocks share nothing. Block i < n reads all choices, counts for its own token's
 // choices, and copies its row; block n writes counts, begins and headers. Bytes: per token 4 * n * top_k choices (from
@@ -11,6 +11,7 @@
 // to scratch; (2) one block turns the tiles' counts into prefix sums, and writes counts, begins, headers; (3) a block
 // per token puts the slots together and copies the row. Bytes of (1) and (2): 8 * n * top_k + 12 * tiles * experts.
 #include <algorithm>
+#include <cstdint>
 
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/token_ops.h"
@@ -47,6 +48,7 @@ struct DispatchParams {
   int hidden;
   int num_experts;
   int num_headers;
+  int32_t room;  // of each expert; INT32_MAX: for all
 };
 
 // A part of a token's row in registers: kVectors vectors a thread, from column `begin` on.
@@ -125,7 +127,7 @@ __device__ __forceinline__ void WriteCounts(const DispatchParams& params, const 
     const int header = i / params.num_experts;
     const int e = i % params.num_experts;
     reinterpret_cast<int32_t*>(reinterpret_cast<char*>(params.dst) + header * params.header_stride_bytes)[e] =
-        counts[e];
+        min(counts[e], params.room);
   }
 }
 
@@ -201,7 +203,8 @@ __global__ __launch_bounds__(kSmallThreads) void DispatchSmallKernel(const Dispa
   if (thread < top_k) {
     const uint16_t key = keys[first + thread];
     int32_t slot = -1;
-    if (key != kNoExpert) slot = found[thread] + (params.base != nullptr ? static_cast<int32_t>(bases[key]) : 0);
+    if (key != kNoExpert && found[thread] < params.room)
+      slot = found[thread] + (params.base != nullptr ? static_cast<int32_t>(bases[key]) : 0);
     slots[thread] = slot;
     params.slots[first + thread] = slot;
   }
@@ -288,7 +291,8 @@ __global__ __launch_bounds__(kCopyThreads) void ScatterRowsKernel(const Dispatch
     const int32_t expert = LoadInt(params.experts + choice);
     int32_t slot = LoadInt(params.slots + choice);
     if (expert >= 0) {
-      slot += LoadInt(firsts + expert) + LoadInt(tile_sums + choice / kTile * params.num_experts + expert);
+      slot += LoadInt(tile_sums + choice / kTile * params.num_experts + expert);
+      slot = slot < params.room ? slot + LoadInt(firsts + expert) : -1;
       params.slots[choice] = slot;
     }
     slots[threadIdx.x] = slot;
@@ -321,22 +325,24 @@ cudaError_t DispatchRows(const DispatchRowsArgs& args, void* scratch, cudaStream
        !IsPlain(args.slots, DType::kI32, n, top_k) || args.experts.stride != top_k || args.slots.stride != top_k)) {
     return cudaErrorInvalidValue;
   }
-  const DispatchParams params{static_cast<const BFloat16*>(args.x.data),
-                              args.x.stride,
-                              static_cast<const int32_t*>(args.experts.data),
-                              args.base,
-                              args.order,
-                              static_cast<int32_t*>(args.slots.data),
-                              args.counts,
-                              args.begins,
-                              static_cast<BFloat16*>(args.dst.data),
-                              args.dst.stride,
-                              args.header_stride_bytes,
-                              n,
-                              static_cast<int>(top_k),
-                              static_cast<int>(hidden),
-                              args.num_experts,
-                              args.num_headers};
+  const DispatchParams params{
+      static_cast<const BFloat16*>(args.x.data),
+      args.x.stride,
+      static_cast<const int32_t*>(args.experts.data),
+      args.base,
+      args.order,
+      static_cast<int32_t*>(args.slots.data),
+      args.counts,
+      args.begins,
+      static_cast<BFloat16*>(args.dst.data),
+      args.dst.stride,
+      args.header_stride_bytes,
+      n,
+      static_cast<int>(top_k),
+      static_cast<int>(hidden),
+      args.num_experts,
+      args.num_headers,
+      args.room > 0 && args.base != nullptr && args.room < INT32_MAX ? static_cast<int32_t>(args.room) : INT32_MAX};
   if (choices <= kDispatchSmallChoices) {
     return Launch(DispatchSmallKernel, dim3(static_cast<unsigned>(n + 1)), dim3(kSmallThreads), 0, stream, 1, params);
   }

@@ -167,6 +167,9 @@ cudaError_t GroupedGemm(const GroupedGemmDevice& device, const GroupedGemmArgs& 
   params.max_splits = tiling.max_splits;
   params.x_box_rows = std::min(128, tiling.row_tile / tiling.multicast);
   if (tiling.row_tile % params.x_box_rows != 0) params.x_box_rows = 64;
+  // Rows that are not the expert's would cost a decode step half as many bytes again as the weights, out of the L2
+  // cache: a tile for few rows reads them in small boxes, as far as there are any.
+  if (tiling.row_tile == 64) params.x_box_rows = 16;
   params.weight_units = static_cast<int>(DivideUp(weight_tiles, tiling.multicast));
   params.raster = tiling.raster;
   params.expect_one_tile = args.num_experts == 1 && args.expected_rows > 0 && args.expected_rows <= tiling.row_tile;

@@ -82,15 +82,17 @@ __device__ __forceinline__ void ComputeUnit(const GroupedKernelParams& params, c
   // Part p finishes the groups of x rows [p * share, (p + 1) * share): its own sums of those go to shared memory (the
   // stages are free once both consumers have read them), the others to `partials`. A unit in one part comes here too:
   // the loop below is short code, and a kernel's only unit runs it before the instruction caches are warm.
-  const int share = (kGroups / 2 + split.count - 1) / split.count * 2;
+  const int groups = min(kGroups, (unit.rows + 15) / 16 * 2);  // that hold rows
+  const int share = (groups / 2 + split.count - 1) / split.count * 2;
   const int own_begin = split.index * share;
-  const int own_end = min(own_begin + share, kGroups);
+  const int own_end = min(own_begin + share, groups);
   const int thread = me.group * 128 + me.thread;
   const uint32_t own_at = me.stages_at + thread * 16 - own_begin * (kConsumers * 16);
   float4* const sent = params.partials + blockIdx.x * kGroupedPartials + thread;
   ptx::GroupSync(3, kConsumers);
 #pragma unroll
   for (int j = 0; j < kGroups; ++j) {
+    if (j >= groups) break;
     const float4 v = make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
     if (j >= own_begin && j < own_end) {
       ptx::StoreShared4(own_at + j * (kConsumers * 16), v);
@@ -101,10 +103,10 @@ __device__ __forceinline__ void ComputeUnit(const GroupedKernelParams& params, c
   const int first_block = static_cast<int>(blockIdx.x) - split.index * split.block_stride;
   if (split.count > 1) {
     ptx::GroupSync(3, kConsumers);
-    if (thread < split.count && thread != split.index && thread * share < kGroups) {
+    if (thread < split.count && thread != split.index && thread * share < groups) {
       ptx::AddRelease(params.arrivals + first_block + thread * split.block_stride, 1);
     }
-    if (own_begin >= kGroups) return;
+    if (own_begin >= groups) return;
     if (thread == 0) {
       while (ptx::LoadAcquire(params.arrivals + blockIdx.x) != split.count - 1) {
       }

@@ -3,10 +3,11 @@
 // the blocks meet in a few exchanges through distributed shared memory. Order of work per row:
 //   1. load the slice; maximum and sum of exp in the same pass (log-probabilities are of the raw logits)
 //   2. rows with log-probabilities: the n best of each block to block 0
-//   3. penalties and bias, in shared memory
+//   3. mask, penalties and bias, in shared memory
 //   4. exchange: maximum, sum of exp, best token. Greedy rows end here.
 //   5. top-k, min-p, top-p: each raises `least`, the key of the least likely survivor (sample_filter.cuh)
 //   6. draw over the survivors; exchange: the best noisy token
+// A row with a target takes it after 4, whatever was best.
 // Everything is exact or in a fixed order: maxima, integer sums, and sums of exp over fixed slices of the vocabulary.
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
@@ -109,6 +110,22 @@ __device__ uint64_t BestOfSlice(const Slice& slice) {
     for (int c = 0; c < 4; ++c) best = max(best, Candidate(At(quad, c), slice.begin + 4 * q + c));
   }
   return best;
+}
+
+// A quad's four bits are in one word: quads begin at multiples of 4. Beyond the vocabulary the slice has -inf already.
+__device__ void ApplyMask(const uint32_t* mask, int vocab, const Slice& slice) {
+  for (int q = threadIdx.x; q < slice.quads; q += blockDim.x) {
+    const int token = slice.begin + 4 * q;
+    if (token >= vocab) continue;
+    const uint32_t bits = mask[token / 32] >> (token % 32);
+    if ((bits & 15u) == 15u) continue;
+    float4 quad = slice.values[q];
+    if ((bits & 1u) == 0) quad.x = kBanned;
+    if ((bits & 2u) == 0) quad.y = kBanned;
+    if ((bits & 4u) == 0) quad.z = kBanned;
+    if ((bits & 8u) == 0) quad.w = kBanned;
+    slice.values[q] = quad;
+  }
 }
 
 __device__ void Penalize(const SampleArgs& args, const SamplingRow& row, int end, const Slice& slice,
@@ -236,7 +253,8 @@ __device__ uint32_t Filter(const SamplingRow& row, int vocab, const Slice& slice
   return least;
 }
 
-// logits [rows, vocab] are read once: rows * vocab * 4 bytes; history and bias of a row by each of its blocks. Grid:
+// logits [rows, vocab] are read once: rows * vocab * 4 bytes; of a mask each block its part; history and bias of a row
+// by each of its blocks. Grid:
 // kCluster blocks of 256 or 512 threads per row; dynamic shared memory: one slice, 16 * quads bytes.
 __global__ void __launch_bounds__(kMaxThreads, 3)
     SampleKernel(const __grid_constant__ SampleArgs args, bool aligned, int quads) {
@@ -276,12 +294,17 @@ __global__ void __launch_bounds__(kMaxThreads, 3)
     });
   }
   const bool penalties = row.repetition_penalty != 1 || row.presence_penalty != 0 || row.frequency_penalty != 0;
+  const int mask = args.mask_of_row == nullptr ? -1 : args.mask_of_row[r];
+  if (mask >= 0) {
+    __syncthreads();  // the raw values may still be being copied
+    ApplyMask(reinterpret_cast<const uint32_t*>(args.masks) + int64_t{mask} * ((vocab + 31) / 32), vocab, slice);
+  }
   if (penalties) Penalize(args, row, next.history_begin, slice, &shared.pending_seen);
   if (row.bias_begin < next.bias_begin) {
     __syncthreads();
     if (warp == 0) AddBias(args.bias, row.bias_begin, next.bias_begin, slice, lane);
   }
-  if (penalties || row.bias_begin < next.bias_begin) {
+  if (mask >= 0 || penalties || row.bias_begin < next.bias_begin) {
     __syncthreads();
     partial.best = BestOfSlice(slice);
   }
@@ -306,7 +329,8 @@ __global__ void __launch_bounds__(kMaxThreads, 3)
       });
   }
   uint64_t chosen = partial.best;
-  if (row.temperature != 0) {
+  const int target = args.targets == nullptr ? -1 : args.targets[r];
+  if (target < 0 && row.temperature != 0) {
     const float scale = __fdiv_rn(1.0f, row.temperature), max = __fmul_rn(ValueOf(chosen), scale);
     const uint32_t least = Filter(row, vocab, slice, scale, max, shared.filter, cluster);
     chosen = WarpMax(Draw(row, slice, scale, least, chosen));
@@ -317,8 +341,9 @@ __global__ void __launch_bounds__(kMaxThreads, 3)
     chosen = WarpMax(chosen);
   }
   if (rank == 0 && threadIdx.x == 0) {
-    args.tokens[r] = TokenOf(chosen);
-    args.logprobs[r] = logits[TokenOf(chosen)] - log_sum;
+    const int token = target >= 0 ? target : TokenOf(chosen);
+    args.tokens[r] = token;
+    args.logprobs[r] = logits[token] - log_sum;
   }
 }
 

@@ -37,21 +37,21 @@ absl::Status AddedTokens::Parse(const Json& list, const Normalizer& normalizer) 
 }
 
 // The longest token that stands at text[at], or -1.
-int32_t AddedTokens::Match(std::string_view text, size_t at, bool normalized, bool special) const {
+int32_t AddedTokens::Match(std::string_view text, size_t at, bool normalized, const SpecialAt& special) const {
   const auto it = by_first_[normalized].find(text[at]);
   if (it == by_first_[normalized].end()) return -1;
   for (const int32_t id : it->second) {
     const Token& token = tokens_.at(id);
     if (!text.substr(at).starts_with(token.pattern)) continue;
     // The longest decides, also where it does not count: then its text is plain.
-    if (token.special && !special) return -1;
+    if (token.special && !special(at, at + token.pattern.size())) return -1;
     const bool inside = EndsWithWord(text.substr(0, at)) || BeginsWithWord(text.substr(at + token.pattern.size()));
     return token.single_word && inside ? -1 : id;
   }
   return -1;
 }
 
-void AddedTokens::Split(std::string_view text, bool normalized, bool special,
+void AddedTokens::Split(std::string_view text, bool normalized, const SpecialAt& special,
                         const std::function<void(std::string_view)>& plain,
                         const std::function<void(int32_t)>& token) const {
   size_t done = 0;

@@ -32,10 +32,12 @@ class AddedTokens {
   // tokenizer.json's added_tokens.
   absl::Status Parse(const Json& list, const Normalizer& normalizer);
 
+  // Whether text[begin, end) may be a special token; where not, it is text.
+  using SpecialAt = std::function<bool(size_t begin, size_t end)>;
   // Cuts `text` (raw, or normalized) at the tokens that are looked for there: leftmost first, of those the longest.
-  // Calls `plain` for what lies between them (not empty), `token` for each. special false: special tokens are text.
-  void Split(std::string_view text, bool normalized, bool special, const std::function<void(std::string_view)>& plain,
-             const std::function<void(int32_t)>& token) const;
+  // Calls `plain` for what lies between them (not empty), `token` for each.
+  void Split(std::string_view text, bool normalized, const SpecialAt& special,
+             const std::function<void(std::string_view)>& plain, const std::function<void(int32_t)>& token) const;
 
   const std::map<int32_t, Token>& tokens() const { return tokens_; }
   bool IsSpecial(int32_t id) const {
@@ -44,7 +46,7 @@ class AddedTokens {
   }
 
  private:
-  int32_t Match(std::string_view text, size_t at, bool normalized, bool special) const;
+  int32_t Match(std::string_view text, size_t at, bool normalized, const SpecialAt& special) const;
 
   std::map<int32_t, Token> tokens_;
   std::unordered_map<char, std::vector<int32_t>> by_first_[2];  // [normalized]: ids by their first byte, longest first

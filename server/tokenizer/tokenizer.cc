@@ -17,6 +17,68 @@
 namespace soloist {
 namespace {
 
+// The segments of a text, by their places in it.
+class Layout {
+ public:
+  explicit Layout(std::span<const Tokenizer::Segment> segments) {
+    for (const Tokenizer::Segment& segment : segments) Append(RepairUtf8(segment.text), segment.parse_special_tokens);
+  }
+  const std::string& text() const { return text_; }
+
+  // Whether all segments that text[begin, end) touches parse special tokens.
+  bool Special(size_t begin, size_t end) const {
+    for (auto run = RunAt(begin); run != runs_.end() && run->begin < end; ++run) {
+      if (!run->special) return false;
+    }
+    return true;
+  }
+
+  // The layout of text[begin, end) after `normalizer` has made `normal` of it: borders between segments lie where the
+  // segments' normalized texts have them. Where those do not add up, nothing is special.
+  Layout Normalized(size_t begin, size_t end, const Normalizer& normalizer, const std::string& normal) const {
+    Layout whole;
+    whole.text_ = normal;
+    whole.runs_ = {{0, Special(begin, end)}};
+    if (whole.runs_[0].special) return whole;
+    std::vector<Run> runs;
+    size_t at = 0;
+    for (auto run = RunAt(begin); run != runs_.end() && run->begin < end; ++run) {
+      const auto next = std::next(run);
+      const size_t from = std::max(begin, run->begin), to = next == runs_.end() ? end : std::min(end, next->begin);
+      runs.push_back({at, run->special});
+      at += normalizer.Apply(text_.substr(from, to - from)).size();
+    }
+    // What a normalizer prepends is prepended to each of them, and should be to the first.
+    const size_t borders = runs.size() - 1;
+    if (borders == 0 || at < normal.size() || (at - normal.size()) % borders != 0) return whole;
+    const size_t prepended = (at - normal.size()) / borders;
+    for (size_t i = 1; i <= borders; ++i) runs[i].begin -= std::min(runs[i].begin, prepended * (i - 1));
+    whole.runs_ = std::move(runs);
+    return whole;
+  }
+
+ private:
+  // Segments in a row that are alike.
+  struct Run {
+    size_t begin;
+    bool special;
+  };
+  Layout() = default;
+
+  void Append(const std::string& text, bool special) {
+    if (text.empty()) return;
+    if (runs_.empty() || runs_.back().special != special) runs_.push_back({text_.size(), special});
+    text_ += text;
+  }
+  std::vector<Run>::const_iterator RunAt(size_t at) const {
+    const auto after = std::ranges::upper_bound(runs_, at, {}, &Run::begin);
+    return after == runs_.begin() ? after : std::prev(after);
+  }
+
+  std::string text_;
+  std::vector<Run> runs_;
+};
+
 class BpeTokenizer final : public Tokenizer {
  public:
   absl::Status Parse(const Json& root) {
@@ -44,26 +106,31 @@ class BpeTokenizer final : public Tokenizer {
     chat_template_ = Text(config, "chat_template");
   }
 
-  std::vector<int32_t> Encode(std::string_view text, const EncodeOptions& options) const override {
+  std::vector<int32_t> EncodeSegments(std::span<const Segment> segments, bool add_special_tokens) const override {
     std::vector<int32_t> ids;
-    if (options.add_special_tokens) ids = prefix_;
-    const std::string repaired = RepairUtf8(text);
+    if (add_special_tokens) ids = prefix_;
+    const Layout layout(segments);
     const auto token = [&](int32_t id) { ids.push_back(id); };
     const auto word = [&](std::string_view w) { model_.Encode(w, ids); };
-    const char* const begin = repaired.data();
     added_.Split(
-        repaired, /*normalized=*/false, options.parse_special_tokens,
+        layout.text(), /*normalized=*/false, [&](size_t begin, size_t end) { return layout.Special(begin, end); },
         [&](std::string_view raw) {
+          const size_t at = raw.data() - layout.text().data();
           const std::string normal = normalizer_.Apply(std::string(raw));
+          std::optional<Layout> normalized;  // made where it is asked for: few tokenizers have such special tokens
           added_.Split(
-              normal, /*normalized=*/true, options.parse_special_tokens,
+              normal, /*normalized=*/true,
+              [&](size_t begin, size_t end) {
+                if (!normalized) normalized = layout.Normalized(at, at + raw.size(), normalizer_, normal);
+                return normalized->Special(begin, end);
+              },
               [&](std::string_view plain) {
-                pre_tokenizer_.Split(plain, raw.data() == begin && plain.data() == normal.data(), word);
+                pre_tokenizer_.Split(plain, at == 0 && plain.data() == normal.data(), word);
               },
               token);
         },
         token);
-    if (options.add_special_tokens) ids.insert(ids.end(), suffix_.begin(), suffix_.end());
+    if (add_special_tokens) ids.insert(ids.end(), suffix_.begin(), suffix_.end());
     return ids;
   }
 

@@ -30,8 +30,19 @@ class Tokenizer {
     bool parse_special_tokens = true;  // false: text that looks like a special token is plain text
   };
   // Ill-formed UTF-8 becomes U+FFFD first. Time is near-linear in the text's length.
-  virtual std::vector<int32_t> Encode(std::string_view text, const EncodeOptions& options) const = 0;
+  std::vector<int32_t> Encode(std::string_view text, const EncodeOptions& options) const {
+    const Segment whole{.text = text, .parse_special_tokens = options.parse_special_tokens};
+    return EncodeSegments({&whole, 1}, options.add_special_tokens);
+  }
   std::vector<int32_t> Encode(std::string_view text) const { return Encode(text, EncodeOptions{}); }
+  // A part of a text.
+  struct Segment {
+    std::string_view text;  // ill-formed UTF-8 becomes U+FFFD in each by itself
+    bool parse_special_tokens = true;
+  };
+  // As Encode of all the texts, joined, but a special token counts only where all of it lies in segments that parse
+  // them.
+  virtual std::vector<int32_t> EncodeSegments(std::span<const Segment> segments, bool add_special_tokens) const = 0;
   // Well-formed UTF-8. Ids outside the vocabulary give nothing.
   std::string Decode(std::span<const int32_t> ids, bool skip_special_tokens) const;
 

@@ -36,6 +36,8 @@ class CommunicatorContract : public testing::TestWithParam<CommBackend> {
   static constexpr absl::Duration kLong = absl::Seconds(40);
 
   int size() const { return GetParam().size; }
+  // How often what is random is tried: a round of many ranks costs more, and has more places at once where it may fail.
+  int Rounds(int of_few_ranks, int of_many) const { return size() <= 4 ? of_few_ranks : of_many; }
   TestGroup Make(absl::Duration timeout = kLong) const { return GetParam().make(size(), {.timeout = timeout}); }
 };
 

@@ -12,8 +12,7 @@ INSTANTIATE_TEST_SUITE_P(One, CommunicatorContract,
                          testing::Values(CommBackend{.name = "Self", .size = 1, .make = SelfTestGroup}),
                          CommBackendName);
 INSTANTIATE_TEST_SUITE_P(Threads, CommunicatorContract,
-                         testing::Values(SharedMemory(1), SharedMemory(2), SharedMemory(3), SharedMemory(4),
-                                         SharedMemory(8), SharedMemory(16)),
+                         testing::Values(SharedMemory(1), SharedMemory(2), SharedMemory(3), SharedMemory(16)),
                          CommBackendName);
 
 }  // namespace

@@ -52,13 +52,15 @@ TEST(DispatcherFailureDeathTest, CapacityBelowTheTokensDies) {
   DispatcherGroup group(1, FourExperts(1));
   const std::vector<RoutedToken> tokens = RandomTokens(7, FourExperts(1), true, 1);
   TestRank& rank = group.group().ranks[0];
-  const auto dispatch = [&](const std::vector<int>& mine, int64_t max_tokens) {
+  const auto dispatch = [&](const std::vector<int>& mine, int64_t max_tokens, int64_t masked_rows = 0) {
     const DispatcherGroup::Inputs in = group.MakeInputs(rank, tokens, mine);
-    (void)group.dispatcher(0).Dispatch(in.x, in.experts, in.weights, max_tokens, in.counts, *rank.stream);
+    (void)group.dispatcher(0).Dispatch(in.x, in.experts, in.weights, {max_tokens, masked_rows}, in.counts,
+                                       *rank.stream);
   };
   EXPECT_DEATH(dispatch({0, 1, 2}, 2), "max_tokens");
   EXPECT_DEATH(dispatch({0, 1, 2}, 7), "max_tokens_per_rank");
   EXPECT_DEATH(dispatch({0, 1, 2, 3, 4, 5, 6}, 7), "max_tokens_per_rank");
+  EXPECT_DEATH(dispatch({0, 1, 2}, 3, 4), "masked_rows");
   dispatch({0, 1, 2}, 3);
 }
 
@@ -76,7 +78,7 @@ TEST(DispatcherFailureTest, MaskedOverflowShowsInTheCounts) {
       const DispatcherGroup::Inputs in = group.MakeInputs(rank, tokens, mine);
       // Capacity 6, so that the second choices do not leave the send buffer whatever the number of ranks.
       const auto handle =
-          group.dispatcher(rank.id()).Dispatch(in.x, in.experts, in.weights, 6, in.counts, *rank.stream);
+          group.dispatcher(rank.id()).Dispatch(in.x, in.experts, in.weights, {6}, in.counts, *rank.stream);
       ASSERT_EQ(handle.status(), absl::OkStatus());
       int64_t received = 0;
       for (const ExpertRows& rows : handle->groups) {
@@ -100,7 +102,8 @@ TEST(DispatcherFailureTest, ContiguousOverflowIsAnError) {
     std::vector<int> mine;
     for (int i = 0; i < 6; ++i) mine.push_back(rank.id() * 6 + i);
     const DispatcherGroup::Inputs in = group.MakeInputs(rank, tokens, mine);
-    const auto handle = group.dispatcher(rank.id()).Dispatch(in.x, in.experts, in.weights, 6, in.counts, *rank.stream);
+    const auto handle =
+        group.dispatcher(rank.id()).Dispatch(in.x, in.experts, in.weights, {6}, in.counts, *rank.stream);
     EXPECT_EQ(handle.status().code(), absl::StatusCode::kInternal) << handle.status();
     EXPECT_NE(handle.status().message().find("48 rows come to rank 1"), std::string::npos) << handle.status();
     // As a worker does with its first error; the others wait for this rank.
@@ -117,11 +120,23 @@ TEST(DispatcherFailureTest, RanksThatDisagreeOnTheStepFail) {
     const std::vector<RoutedToken> tokens = RandomTokens(2, options, true, 5);
     group.group().Run([&](TestRank& rank) {
       const DispatcherGroup::Inputs in = group.MakeInputs(rank, tokens, {rank.id()});
-      const auto handle = group.dispatcher(rank.id()).Dispatch(in.x, in.experts, in.weights, 2 + 2 * rank.id(),
+      const auto handle = group.dispatcher(rank.id()).Dispatch(in.x, in.experts, in.weights, {2 + 2 * rank.id()},
                                                                in.counts, *rank.stream);
       EXPECT_EQ(handle.status().code(), absl::StatusCode::kInternal) << handle.status();
     });
   }
+}
+
+// The room is one of those numbers.
+TEST(DispatcherFailureTest, RanksThatDisagreeOnTheRoomFail) {
+  DispatcherGroup group(2, FourExperts(2));
+  const std::vector<RoutedToken> tokens = RandomTokens(2, FourExperts(2), true, 5);
+  group.group().Run([&](TestRank& rank) {
+    const DispatcherGroup::Inputs in = group.MakeInputs(rank, tokens, {rank.id()});
+    const auto handle =
+        group.dispatcher(rank.id()).Dispatch(in.x, in.experts, in.weights, {4, 2 + rank.id()}, in.counts, *rank.stream);
+    EXPECT_EQ(handle.status().code(), absl::StatusCode::kInternal) << handle.status();
+  });
 }
 
 // A rank that is missing in Dispatch, then in Combine.
@@ -136,7 +151,7 @@ TEST(DispatcherFailureTest, MissingRankEndsByTheDeadline) {
         if (rank.id() == 1 && !dispatches) return;
         const DispatcherGroup::Inputs in = group.MakeInputs(rank, tokens, {rank.id()});
         const auto handle =
-            group.dispatcher(rank.id()).Dispatch(in.x, in.experts, in.weights, 1, in.counts, *rank.stream);
+            group.dispatcher(rank.id()).Dispatch(in.x, in.experts, in.weights, {1}, in.counts, *rank.stream);
         absl::Status status = rank.Finish(handle.status());
         if (dispatches) {
           ASSERT_EQ(status, absl::OkStatus());

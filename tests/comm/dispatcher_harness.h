@@ -7,6 +7,7 @@
 #ifndef SOLOIST_TESTS_COMM_DISPATCHER_HARNESS_H_
 #define SOLOIST_TESTS_COMM_DISPATCHER_HARNESS_H_
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -73,6 +74,20 @@ inline std::vector<RoutedToken> RandomTokens(int64_t count, const DispatcherOpti
   return tokens;
 }
 
+// The tokens without the choices that find no room where each (home, expert) has `room` rows; 0: all.
+inline std::vector<RoutedToken> WithRoom(std::vector<RoutedToken> tokens, const std::vector<std::vector<int>>& homes,
+                                         int64_t room) {
+  for (const std::vector<int>& home : homes) {
+    std::map<int32_t, int64_t> rows;
+    for (const int t : home) {
+      for (int32_t& e : tokens[t].experts) {
+        if (e >= 0 && room > 0 && rows[e]++ >= room) e = -1;
+      }
+    }
+  }
+  return tokens;
+}
+
 // Device memory that is not zero when it is allocated: a dispatcher must write what it reads.
 class PoisoningDevice final : public Device {
  public:
@@ -84,6 +99,7 @@ class PoisoningDevice final : public Device {
   absl::StatusOr<Buffer> AllocatePinned(int64_t bytes) override { return Poisoned(device_.AllocatePinned(bytes)); }
   absl::StatusOr<std::unique_ptr<Stream>> CreateStream() override { return device_.CreateStream(); }
   absl::StatusOr<std::unique_ptr<Event>> CreateEvent() override { return device_.CreateEvent(); }
+  void Wait(Stream& stream, const Event& event) override { device_.Wait(stream, event); }
   void Record(Event& event, Stream& stream) override { device_.Record(event, stream); }
   bool can_capture() const override { return device_.can_capture(); }
   absl::StatusOr<std::unique_ptr<Graph>> Capture(Stream& stream,
@@ -130,25 +146,32 @@ class DispatcherGroup {
   TokenDispatcher& dispatcher(int rank) { return *dispatchers_[rank]; }
 
   // One step of `tokens`, of which home h has those in homes[h], in this order, with room for `spare` tokens more than
-  // the largest home has. Returns each token's output and fails the test where an expert does not get exactly its rows.
+  // the largest home has, and masked for `room` rows of each (home, expert). Returns each token's output and fails the
+  // test where an expert does not get exactly its rows (those that found room).
   std::vector<std::vector<float>> Step(const std::vector<RoutedToken>& tokens,
                                        const std::vector<std::vector<int>>& homes, DispatchLayout layout,
-                                       int64_t spare = 0) {
+                                       int64_t spare = 0, int64_t room = 0) {
     int64_t max_tokens = 0;
     for (const std::vector<int>& home : homes) max_tokens = std::max(max_tokens, std::ssize(home));
     max_tokens += spare;
+    const DispatchCapacity capacity{.max_tokens = max_tokens, .masked_rows = room};
+    const std::vector<RoutedToken> kept = WithRoom(tokens, homes, layout == DispatchLayout::kMasked ? room : 0);
     std::vector<std::vector<float>> outputs(tokens.size());
     group_.Run([&](TestRank& rank) {
       const std::vector<int>& mine = homes[rank.id()];
       const Inputs in = MakeInputs(rank, tokens, mine);
       const auto handle =
-          dispatchers_[rank.id()]->Dispatch(in.x, in.experts, in.weights, max_tokens, in.counts, *rank.stream);
+          dispatchers_[rank.id()]->Dispatch(in.x, in.experts, in.weights, capacity, in.counts, *rank.stream);
       ASSERT_EQ(handle.status(), absl::OkStatus());
       EXPECT_EQ(handle->layout, size() == 1 ? DispatchLayout::kContiguous : layout);
       EXPECT_EQ(handle->row_offsets != nullptr, size() == 1);
       EXPECT_EQ(dispatchers_[rank.id()]->WaitsOnHost(max_tokens), size() > 1 && layout == DispatchLayout::kContiguous);
       CheckCounts(rank, in, tokens, mine);
-      RunExperts(rank, *handle, tokens, homes);
+      const auto counts = rank.Download<int32_t>(in.counts, options_.num_experts);
+      const int64_t most = std::ranges::max(counts);
+      EXPECT_EQ(dispatchers_[rank.id()]->OverflowRows(counts, capacity),
+                size() > 1 && layout == DispatchLayout::kMasked && room > 0 && most > room ? most : 0);
+      RunExperts(rank, *handle, kept, homes);
 
       const int64_t stride = options_.hidden_size + kGap;
       const Buffer out = rank.Upload(std::vector<float>(mine.size() * stride, kPoison));
@@ -169,10 +192,60 @@ class DispatcherGroup {
     return outputs;
   }
 
+  // The same as two micro-batches, of which the second of home h begins at seconds[h].
+  std::vector<std::vector<float>> StepInTwo(const std::vector<RoutedToken>& tokens,
+                                            const std::vector<std::vector<int>>& homes, const std::vector<int>& seconds,
+                                            DispatchLayout layout) {
+    std::vector<std::vector<int>> halves[kMaxMicroBatches];
+    int64_t max_tokens = 0;
+    for (size_t h = 0; h < homes.size(); ++h) {
+      halves[0].emplace_back(homes[h].begin(), homes[h].begin() + seconds[h]);
+      halves[1].emplace_back(homes[h].begin() + seconds[h], homes[h].end());
+      max_tokens = std::max(max_tokens, std::ssize(homes[h]));
+    }
+    std::vector<std::vector<float>> outputs(tokens.size());
+    group_.Run([&](TestRank& rank) {
+      TokenDispatcher& dispatcher = *dispatchers_[rank.id()];
+      CommTimes times;
+      dispatcher.queue().BeginStep(/*overlaps=*/true, &times);
+      Inputs in[kMaxMicroBatches];
+      DispatchHandle handles[kMaxMicroBatches];
+      for (int i = 0; i < kMaxMicroBatches; ++i) {
+        in[i] = MakeInputs(rank, tokens, halves[i][rank.id()]);
+        ASSERT_EQ(dispatcher.StartDispatch(i, {in[i].x, in[i].experts, in[i].weights, {max_tokens}, in[i].counts},
+                                           *rank.stream),
+                  absl::OkStatus());
+      }
+      for (int i = 0; i < kMaxMicroBatches; ++i) {
+        const auto handle = dispatcher.FinishDispatch(i, *rank.stream);
+        ASSERT_EQ(handle.status(), absl::OkStatus());
+        handles[i] = *handle;
+        EXPECT_EQ(handle->layout, size() == 1 ? DispatchLayout::kContiguous : layout);
+        CheckCounts(rank, in[i], tokens, halves[i][rank.id()]);
+        RunExperts(rank, *handle, tokens, halves[i]);
+        ASSERT_EQ(dispatcher.StartCombine(*handle, *rank.stream), absl::OkStatus());
+      }
+      for (int i = 0; i < kMaxMicroBatches; ++i) {
+        const std::vector<int>& mine = halves[i][rank.id()];
+        const Buffer out = rank.Upload(std::vector<float>(mine.size() * options_.hidden_size, kPoison));
+        const Tensor delta = out.View<float>(std::ssize(mine), options_.hidden_size);
+        ASSERT_EQ(rank.Finish(dispatcher.FinishCombine(handles[i], {.delta = delta}, *rank.stream)), absl::OkStatus());
+        for (size_t t = 0; t < mine.size(); ++t) {
+          outputs[mine[t]] = rank.Download<float>(delta.row<float>(static_cast<int64_t>(t)), options_.hidden_size);
+        }
+      }
+      // Two jobs of each, unless nothing travels.
+      EXPECT_EQ(times.size(), size() == 1 ? 0 : 4);
+      EXPECT_GE(times.busy_ns(), 0);
+      EXPECT_GE(times.wait_ns(), 0);
+    });
+    return outputs;
+  }
+
   struct Inputs {
     Buffer x_data, experts_data, weights_data, counts_data;
     Tensor x, experts, weights;
-    int32_t* counts;
+    int32_t* counts = nullptr;
   };
   // Rows of x are further apart than they are long.
   Inputs MakeInputs(TestRank& rank, const std::vector<RoutedToken>& tokens, const std::vector<int>& mine) const {

@@ -72,7 +72,7 @@ class LoopbackTest : public testing::TestWithParam<Shape> {
                  out_data = rank_.Filled(n * hidden * 4, 0xFF);
     EXPECT_FALSE(dispatcher.WaitsOnHost(capacity));
     const auto handle = dispatcher.Dispatch(x_data.View<float>(n, hidden), experts_data.View<int32_t>(n, k),
-                                            weights_data.View<float>(n, k), capacity,
+                                            weights_data.View<float>(n, k), {capacity},
                                             static_cast<int32_t*>(counts_data.data()), *rank_.stream);
     ASSERT_EQ(handle.status(), absl::OkStatus());
     const bool masked = GetParam().layout == DispatchLayout::kMasked && options.loopback_ranks > 1;

@@ -165,6 +165,31 @@ TEST_P(DispatcherTest, PaddedBuckets) {
   }
 }
 
+// Room for fewer rows than an expert may get: what fits comes out as ever, also where all of it does; what does not is
+// left out, said, and nothing else is touched. The next step with room for all is whole again.
+TEST_P(DispatcherTest, LessRoomThanTheWorstCase) {
+  const DispatcherOptions options = GetParam().Options();
+  const int n = GetParam().ranks;
+  DispatcherGroup group(n, options);
+  int64_t left_out = 0;
+  for (const bool skewed : {false, true}) {
+    std::vector<RoutedToken> tokens =
+        RandomTokens(kMaxTokens * n, options, /*exact_weights=*/true, 90 + (skewed ? 1 : 0));
+    if (skewed) {
+      for (RoutedToken& token : tokens) std::ranges::sort(token.experts);
+    }
+    const Homes homes = Deal(kMaxTokens * n, n, AllRanks(n));
+    for (const int64_t room : {int64_t{1}, int64_t{3}, kMaxTokens / 2, kMaxTokens - 1, kMaxTokens, int64_t{0}}) {
+      const bool masked = n > 1 && GetParam().layout == DispatchLayout::kMasked;
+      const std::vector<RoutedToken> kept = WithRoom(tokens, homes, masked ? room : 0);
+      for (size_t t = 0; t < tokens.size(); ++t) left_out += kept[t].experts != tokens[t].experts ? 1 : 0;
+      ExpectReference(kept, group.Step(tokens, homes, n > 1 ? GetParam().layout : DispatchLayout::kContiguous,
+                                       /*spare=*/0, room));
+    }
+  }
+  EXPECT_EQ(left_out > 0, n > 1 && GetParam().layout == DispatchLayout::kMasked);
+}
+
 INSTANTIATE_TEST_SUITE_P(Shapes, DispatcherTest, testing::ValuesIn(Shapes()), ShapeName);
 
 DispatcherOptions SixteenExperts(int ranks, int64_t max_tokens_per_rank, int64_t masked_max_tokens) {

@@ -11,7 +11,6 @@
 namespace soloist {
 namespace {
 
-constexpr int kSequences = 200;
 constexpr int kSteps = 8;
 constexpr int64_t kBytes = 32 * 1024;  // of each buffer
 
@@ -146,7 +145,8 @@ absl::Status Enqueue(const Step& step, TestRank& rank, const Buffer& a, const Bu
 
 TEST_P(CommunicatorContract, RandomSequences) {
   TestGroup group = Make();
-  for (int seed = 0; seed < kSequences && !HasFailure(); ++seed) {
+  const int sequences = Rounds(100, 24);
+  for (int seed = 0; seed < sequences && !HasFailure(); ++seed) {
     std::mt19937 random(static_cast<uint32_t>(seed) * 1009 + static_cast<uint32_t>(size()));
     std::vector<Step> steps;
     for (int i = 0; i < kSteps; ++i) steps.push_back(RandomStep(size(), random));

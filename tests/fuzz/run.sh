@@ -7,7 +7,7 @@ seconds=${1:?seconds per target}
 shift
 targets=("$@")
 if ((${#targets[@]} == 0)); then
-  targets=(safetensors config tokenizer step_plan generate_request)
+  targets=(safetensors config tokenizer chat_template step_plan generate_request openai_request cluster_message)
 fi
 # An output base of its own: another compiler, and the usual build's links stay as they are.
 base=${SOLOIST_FUZZ_BASE:-$HOME/.cache/soloist/fuzz}

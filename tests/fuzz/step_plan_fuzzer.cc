@@ -7,6 +7,7 @@
 #include "base/check.h"
 #include "engine/simulated_engine.h"
 #include "engine/step.h"
+#include "engine/worker/staged_plan.h"
 
 namespace {
 
@@ -23,7 +24,28 @@ void CheckSections(const HomePlan& plan) {
   CHECK_EQ(plan.sampling().size(), static_cast<size_t>(plan.num_logit_rows()));
   CHECK_EQ(plan.bias().size(), static_cast<size_t>(plan.num_bias()));
   CHECK_EQ(plan.history().size(), static_cast<size_t>(plan.num_history()));
-  CHECK_EQ(plan.Offset(10), static_cast<int64_t>(plan.words().size()));
+  CHECK_EQ(plan.mask_rows().size(), static_cast<size_t>(plan.num_masks()));
+  CHECK_EQ(plan.masks().size(), static_cast<size_t>(plan.num_masks()) * plan.mask_words());
+  CHECK_EQ(plan.targets().size(), static_cast<size_t>(plan.num_targets()));
+  CHECK_EQ(plan.Offset(13), static_cast<int64_t>(plan.words().size()));
+}
+
+// Its micro-batches have all rows, each once.
+void CheckMicroBatches(const HomePlan& plan) {
+  soloist::StagedPlan staged = soloist::StagedPlan::Layout(soloist::RoomOf(plan));
+  std::vector<int32_t> words(staged.words);
+  soloist::Stage(plan, staged, words.data());
+  CHECK_EQ(staged.num_batches, plan.is_split() ? 2 : 1);
+  CHECK_EQ(staged.batches[0].tokens + staged.batches[1].tokens, plan.num_tokens());
+  for (const soloist::StagedBatch& batch : staged.batches) {
+    CHECK_EQ(words[batch.query_starts], 0);
+    CHECK_EQ(words[batch.query_starts + batch.sequences], batch.tokens);
+    for (int64_t s = 0; s < batch.sequences; ++s) {
+      const int32_t rows = words[batch.query_starts + s + 1] - words[batch.query_starts + s];
+      CHECK(rows >= 1 && rows <= batch.max_query_rows);
+      CHECK(words[batch.seq_lens + s] >= rows && words[batch.seq_lens + s] <= batch.max_seq_len);
+    }
+  }
 }
 
 }  // namespace
@@ -39,6 +61,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   CheckSections(*plan);
   if (!plan->Validate(options.limits).ok()) return 0;
   CHECK_OK(HomePlan::Parse({plan->words().begin(), plan->words().end()}).status());
+
+  CheckMicroBatches(*plan);
 
   const int32_t rows = plan->num_logit_rows();
   soloist::SimulatedEngine engine(options);

@@ -132,7 +132,7 @@ std::vector<int32_t> Random::Permutation(int32_t n) {
 }
 
 Gpu::Gpu(const OpLimits& limits, bool deterministic) {
-  auto factory = CreateDeviceFactory({.kind = "cuda", .deterministic = deterministic});
+  auto factory = CreateDeviceFactory({.kind = "cuda", .deterministic = deterministic, .tuning_file = tuning_file()});
   CHECK_OK(factory.status());
   factory_ = *std::move(factory);
   auto device = factory_->CreateDevice(0);
@@ -153,6 +153,11 @@ Gpu& Gpu::For(const OpLimits& limits, bool deterministic) {
   }
   AllPrepared().push_back({limits, deterministic, std::make_unique<Gpu>(limits, deterministic)});
   return *AllPrepared().back().gpu;
+}
+
+std::string& Gpu::tuning_file() {
+  static std::string file;
+  return file;
 }
 
 void Gpu::ReleaseAll() { AllPrepared().clear(); }

@@ -18,6 +18,8 @@ struct Inputs {
   std::vector<LogitBias> bias;
   std::vector<TokenHistory> history;
   std::vector<int32_t> previous;
+  std::vector<int32_t> mask_of_row, masks;
+  std::vector<int32_t> targets;
   int64_t rows() const { return std::ssize(params) - 1; }
 };
 
@@ -35,7 +37,9 @@ enum Ask : uint32_t {
   kPenalties = 16,
   kBias = 32,
   kTop = 64,
-  kRaw = 128
+  kRaw = 128,
+  kMask = 256,
+  kTarget = 512
 };
 
 Inputs MakeInputs(int64_t rows, int64_t vocab, uint32_t asks, bool ties, Random& random) {
@@ -66,6 +70,18 @@ Inputs MakeInputs(int64_t rows, int64_t vocab, uint32_t asks, bool ties, Random&
     if (asked(kTop))
       row.num_top_logprobs = static_cast<int32_t>(random.Int(0, std::min<int64_t>(vocab, kMaxTopLogprobs)));
     if (asked(kRaw)) row.return_logits = 1;
+    in.targets.push_back(asked(kTarget) ? token() : -1);
+    in.mask_of_row.push_back(-1);
+    if (asked(kMask)) {
+      // Few tokens or half of them, and never none.
+      const int64_t words = TokenMaskWords(vocab);
+      in.mask_of_row.back() = static_cast<int32_t>(std::ssize(in.masks) / words);
+      const bool few = random.Int(0, 1) == 0;
+      for (int64_t w = 0; w < words; ++w) {
+        in.masks.push_back(few && random.Int(0, 9) > 0 ? 0 : static_cast<int32_t>(random.Bits()));
+      }
+      in.masks[std::ssize(in.masks) - words] |= 1;
+    }
     if (asked(kBias)) {
       for (int i = 0; i < 5; ++i) {
         const float value = i == 0 ? -INFINITY : 20 * (static_cast<float>(random.Unit()) - 0.5f);
@@ -107,6 +123,9 @@ Results OnCpu(const Inputs& in) {
                         .bias = in.bias.data(),
                         .history = in.history.data(),
                         .previous_tokens = in.previous.data(),
+                        .mask_of_row = in.mask_of_row.data(),
+                        .masks = in.masks.data(),
+                        .targets = in.targets.data(),
                         .tokens = r.tokens.data(),
                         .logprobs = r.logprobs.data(),
                         .top_tokens = r.top_tokens.data(),
@@ -124,6 +143,9 @@ Results OnGpu(const Inputs& in, const std::string& what) {
   const DeviceArray<LogitBias> bias(gpu, in.bias);
   const DeviceArray<TokenHistory> history(gpu, in.history);
   const DeviceArray<int32_t> previous(gpu, in.previous);
+  const DeviceArray<int32_t> mask_of_row(gpu, in.mask_of_row);
+  const DeviceArray<int32_t> masks(gpu, in.masks);
+  const DeviceArray<int32_t> targets(gpu, in.targets);
   const auto logits = DeviceArray<float>::Guarded(gpu, in.logits);
   const auto tokens = DeviceArray<int32_t>::Poisoned(gpu, rows);
   const auto logprobs = DeviceArray<float>::Poisoned(gpu, rows);
@@ -135,6 +157,9 @@ Results OnGpu(const Inputs& in, const std::string& what) {
                     .bias = bias.data(),
                     .history = history.data(),
                     .previous_tokens = previous.data(),
+                    .mask_of_row = mask_of_row.data(),
+                    .masks = masks.data(),
+                    .targets = targets.data(),
                     .tokens = tokens.data(),
                     .logprobs = logprobs.data(),
                     .top_tokens = top_tokens.data(),
@@ -159,6 +184,9 @@ void Compare(const Inputs& in, const std::string& what, Count& count) {
                                          row.temperature, row.top_k, row.top_p, row.min_p);
     ++count.rows;
     ASSERT_TRUE(gpu.tokens[r] >= 0 && gpu.tokens[r] < in.vocab) << name << ": token " << gpu.tokens[r];
+    if (in.targets[r] >= 0) {
+      EXPECT_EQ(gpu.tokens[r], in.targets[r]) << name << ": its target";
+    }
     if (cpu.tokens[r] != gpu.tokens[r]) {
       ++count.other_tokens;
       std::printf("  %s: token %d, on the CPU %d\n", name.c_str(), gpu.tokens[r], cpu.tokens[r]);
@@ -197,16 +225,20 @@ void TestSample(const std::vector<std::pair<int, int>>& shapes, const std::vecto
   EXPECT_LE(count.other_tokens * 300, count.rows + 300);
 }
 
-constexpr uint32_t kAll = 255;
+constexpr uint32_t kAll = 1023;
 
 TEST(SampleTest, Small) { TestSample({{0, 512}, {1, 512}, {3, 1000}, {5, 37}}, {0, kTemperature, kAll}); }
 TEST(SampleTest, Greedy) {
   TestSample({{1, 5}, {17, 512}, {64, 4096}, {33, 32000}, {9, 50257}, {4, 151936}},
-             {0, kTop, kPenalties, kBias | kRaw});
+             {0, kTop, kPenalties, kBias | kRaw, kMask, kMask | kTop | kRaw, kTarget | kTop});
 }
 TEST(SampleTest, Filters) {
-  const std::vector<uint32_t> each = {kTemperature, kTemperature | kTopK, kTemperature | kTopP, kTemperature | kMinP,
-                                      kTemperature | kTopK | kTopP | kMinP};
+  const std::vector<uint32_t> each = {kTemperature,
+                                      kTemperature | kTopK,
+                                      kTemperature | kTopP,
+                                      kTemperature | kMinP,
+                                      kTemperature | kTopK | kTopP | kMinP,
+                                      kTemperature | kMask | kTopK | kTopP};
   TestSample({{65, 512}, {64, 4096}, {40, 32000}, {9, 50257}}, each);
 }
 TEST(SampleTest, Everything) {
@@ -221,6 +253,8 @@ TEST(SampleTest, RowsAlone) {
     Inputs one = in;
     one.logits.assign(in.logits.begin() + r * in.vocab, in.logits.begin() + (r + 1) * in.vocab);
     one.params = {in.params[r], in.params[r + 1]};
+    one.mask_of_row = {in.mask_of_row[r]};
+    one.targets = {in.targets[r]};
     const Results alone = OnGpu(one, Text("row %d alone", static_cast<int>(r)));
     EXPECT_EQ(alone.tokens[0], all.tokens[r]) << r;
     EXPECT_TRUE(SameBits(alone.logprobs.data(), &all.logprobs[r], 1)) << r;

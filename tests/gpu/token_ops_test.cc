@@ -70,7 +70,8 @@ void TestAddRmsNorm(const std::vector<Shape>& shapes) {
         for (int i = 0; i < n; ++i) {
           const float scale = i % 4 == 1 ? 1e-4f : i % 4 == 2 ? 300.0f : i % 16 == 7 ? 0.0f : 1.0f;
           for (int64_t j = i * hidden; j < (i + 1) * hidden; ++j) {
-            before[j] *= scale;
+            // Plus zero: minus zero would lose its sign to the zero that is added.
+            before[j] = scale == 0 ? 0.0f : before[j] * scale;
             delta[j] = Rounded(Widened(delta[j]) * scale);
           }
         }

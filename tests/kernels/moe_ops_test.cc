@@ -1,6 +1,7 @@
 // The ops of a mixture-of-experts layer: route, dispatch, experts, combine. Against a float64 reference, and fused ops
 // against the single ones, bit for bit.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <utility>
@@ -202,6 +203,33 @@ TEST_P(MoeOpsTest, DispatchRows) {
     }
     const auto poisoned = std::ranges::count_if(dst, [](float v) { return std::isnan(v); });
     EXPECT_EQ(poisoned, std::ssize(dst) - rows_written * hidden - destinations * num_experts) << "nothing else written";
+  }
+}
+
+// Room for two rows of each expert: later choices have no row, counts count them, headers stop at the room.
+TEST_P(MoeOpsTest, DispatchRowsWithoutRoom) {
+  const int hidden = 3, top_k = 2, num_experts = 3, n = 5, room = 2, rows = 1 + num_experts * room;
+  const auto x = Random(n * hidden);
+  const std::vector<int64_t> base = {1, 3, 5};
+  const std::vector<int32_t> experts = {0, 1, 0, 2, 1, 0, -1, 0, 2, 1};
+  std::vector<int32_t> slots(n * top_k, -7), counts(num_experts, -7);
+  std::vector<float> dst(rows * hidden, kPoison);
+  ops().DispatchRows({.x = MakeTensor(x.data(), n, hidden),
+                      .experts = MakeTensor(experts.data(), n, top_k),
+                      .base = base.data(),
+                      .num_experts = num_experts,
+                      .slots = MakeTensor(slots.data(), n, top_k),
+                      .counts = counts.data(),
+                      .dst = MakeTensor(dst.data(), rows, hidden),
+                      .room = room,
+                      .num_headers = 1,
+                      .header_stride_bytes = rows * hidden * 4},
+                     stream());
+  EXPECT_EQ(slots, std::vector<int32_t>({1, 3, 2, 5, 4, -1, -1, -1, 6, -1}));
+  EXPECT_EQ(counts, std::vector<int32_t>({4, 3, 2}));
+  for (int e = 0; e < 3; ++e) EXPECT_EQ(std::bit_cast<int32_t>(dst[e]), 2) << "header, expert " << e;
+  for (int i = 0; i < n * top_k; ++i) {
+    for (int d = 0; d < hidden && slots[i] >= 0; ++d) EXPECT_EQ(dst[slots[i] * hidden + d], x[i / top_k * hidden + d]);
   }
 }
 

@@ -122,8 +122,8 @@ class OpaqueOps final : public Ops {
   }
   void Sample(const SampleArgs& args, Stream& stream) override {
     SampleArgs a = args;
-    RevealAll(a.logits, a.params, a.bias, a.history, a.previous_tokens, a.tokens, a.logprobs, a.top_tokens,
-              a.top_logprobs, a.raw_logits);
+    RevealAll(a.logits, a.params, a.bias, a.history, a.previous_tokens, a.mask_of_row, a.masks, a.targets, a.tokens,
+              a.logprobs, a.top_tokens, a.top_logprobs, a.raw_logits);
     Do([=, this, &stream] { ops_.Sample(a, stream); });
   }
 
@@ -162,6 +162,7 @@ class OpaqueDevice final : public Device {
   absl::StatusOr<Buffer> AllocatePinned(int64_t bytes) override { return device_->AllocatePinned(bytes); }
   absl::StatusOr<std::unique_ptr<Stream>> CreateStream() override { return device_->CreateStream(); }
   absl::StatusOr<std::unique_ptr<Event>> CreateEvent() override { return device_->CreateEvent(); }
+  void Wait(Stream& stream, const Event& event) override { device_->Wait(stream, event); }
   void Record(Event& event, Stream& stream) override { device_->Record(event, stream); }
   bool can_capture() const override { return captures_; }
   absl::StatusOr<std::unique_ptr<Graph>> Capture(Stream&, const std::function<absl::Status()>& enqueue) override {

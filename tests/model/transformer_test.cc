@@ -93,25 +93,26 @@ class Rank {
       return static_cast<const int32_t*>(uploads.back().data());
     };
     Result result;
-    transformer_->set_group_hook([&](const char* group) { ++result.groups[group]; });
+    transformer_->set_group_hook([&](const char* group, int) { ++result.groups[group]; });
     const auto n = static_cast<int64_t>(tokens.size());
-    const absl::Status status = transformer_->Forward({.num_tokens = n,
-                                                       .capacity = std::min<int64_t>(16, n + spare),
-                                                       .num_sequences = static_cast<int>(lens.size()),
-                                                       .num_decodes = 1,
-                                                       .max_query_rows = 5,
-                                                       .max_seq_len = 5,
-                                                       .max_blocks = 2,
-                                                       .num_logit_rows = static_cast<int>(logit_rows.size()),
-                                                       .num_rows = spare > 0 ? upload(num_rows) : nullptr,
-                                                       .token_ids = upload(tokens),
-                                                       .positions = upload(positions),
-                                                       .slot_mapping = upload(slots),
-                                                       .query_starts = upload(starts),
-                                                       .seq_lens = upload(lens),
-                                                       .block_tables = upload(tables),
-                                                       .logit_rows = upload(logit_rows)},
-                                                      kv_, *stream_);
+    const absl::Status status =
+        transformer_->Forward({.capacity = {.max_tokens = std::min<int64_t>(16, n + spare)},
+                               .micro_batches = {{.num_tokens = n,
+                                                  .num_sequences = static_cast<int>(lens.size()),
+                                                  .num_decodes = 1,
+                                                  .max_query_rows = 5,
+                                                  .max_seq_len = 5,
+                                                  .query_starts = upload(starts),
+                                                  .seq_lens = upload(lens),
+                                                  .block_tables = upload(tables)}},
+                               .max_blocks = 2,
+                               .num_logit_rows = static_cast<int>(logit_rows.size()),
+                               .num_rows = spare > 0 ? upload(num_rows) : nullptr,
+                               .token_ids = upload(tokens),
+                               .positions = upload(positions),
+                               .slot_mapping = upload(slots),
+                               .logit_rows = upload(logit_rows)},
+                              kv_, nullptr, *stream_);
     EXPECT_EQ(status, absl::OkStatus());
     result.logits.resize(2 * config_.vocab_size);
     result.counts.resize(config_.num_layers * config_.num_experts);

@@ -19,7 +19,9 @@ namespace soloist {
 struct Output {
   std::vector<int32_t> tokens;
   std::vector<std::vector<float>> logits;  // per token, if asked for
+  std::vector<float> logprobs;             // per token
   std::vector<std::vector<std::pair<int32_t, float>>> top;
+  PromptLogprobs prompt;  // of the request, with its first output
   FinishEvent finish;
 };
 
@@ -30,8 +32,21 @@ class OutputSink final : public TokenSink {
     std::lock_guard lock(mutex_);
     Output& out = outputs_[event.output_index];
     out.tokens.push_back(event.token);
+    out.logprobs.push_back(event.logprob);
     out.top.push_back(std::move(event.top_logprobs));
     if (!event.logits.empty()) out.logits.push_back(std::move(event.logits));
+    return true;
+  }
+  bool OnPromptLogprobs(const PromptLogprobs& event) override {
+    std::lock_guard lock(mutex_);
+    PromptLogprobs& all = outputs_[0].prompt;
+    EXPECT_EQ(event.first, all.size() + 1);
+    all.num_top = event.num_top;
+    const auto append = [](auto& to, const auto& from) { to.insert(to.end(), from.begin(), from.end()); };
+    append(all.tokens, event.tokens);
+    append(all.logprobs, event.logprobs);
+    append(all.top_tokens, event.top_tokens);
+    append(all.top_logprobs, event.top_logprobs);
     return true;
   }
   void OnFinish(const FinishEvent& event) override {
@@ -55,8 +70,9 @@ class OutputSink final : public TokenSink {
 // One configuration of engine and scheduler.
 class Harness {
  public:
-  Harness(const EngineOptions& engine_options, SchedulerOptions scheduler_options) {
-    auto engine = CreateInProcessEngine(engine_options, Clock::Real(), nullptr);
+  Harness(const EngineOptions& engine_options, const SchedulerOptions& scheduler_options)
+      : Harness(CreateInProcessEngine(engine_options, Clock::Real(), nullptr), scheduler_options) {}
+  Harness(absl::StatusOr<std::unique_ptr<Engine>> engine, SchedulerOptions scheduler_options) {
     if (!engine.ok()) {
       ADD_FAILURE() << engine.status().ToString();
       return;

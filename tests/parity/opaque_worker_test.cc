@@ -1,6 +1,8 @@
 // A worker on a device whose memory the host cannot touch gives the same results, bit for bit, as on the CPU's own:
 // prompts in chunks beside decodes, tokens taken from the step before, penalties, biases, log-probabilities and logits.
 #include <cmath>
+#include <fstream>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <utility>
@@ -11,6 +13,7 @@
 #include "engine/model/weights.h"
 #include "engine/worker/worker.h"
 #include "gtest/gtest.h"
+#include "nlohmann/json.hpp"
 #include "tests/kernels/opaque_device.h"
 
 namespace soloist {
@@ -21,7 +24,7 @@ constexpr int64_t kMaxTokens = 64;
 
 struct Rank {
   Rank(const ModelConfig& config, const WeightSource& source, bool opaque, int64_t masked_max_tokens,
-       bool captures = false) {
+       bool captures = false, int loopback_ranks = 0, std::shared_ptr<TraceWriter> trace = nullptr) {
     factory = CreateDeviceFactory({.kind = "cpu", .cpu_threads = 2}).value();
     auto device = factory->CreateDevice(0).value();
     if (opaque) device = CreateOpaqueDevice(std::move(device), captures);
@@ -29,7 +32,12 @@ struct Rank {
     std::vector<int> all(config.num_experts);
     std::iota(all.begin(), all.end(), 0);
     shared = LoadSharedWeights(config, source, 256, *device, 2, progress).value();
-    ExpertWeights experts = LoadExpertWeights(config, source, all, *device, 2, progress).value();
+    std::vector<int> expert_rank(all.size(), 0), local = all;
+    if (loopback_ranks > 0) {
+      for (size_t e = 0; e < all.size(); ++e) expert_rank[e] = static_cast<int>(e) * loopback_ranks / std::ssize(all);
+      local.resize(all.size() / loopback_ranks);
+    }
+    ExpertWeights experts = LoadExpertWeights(config, source, local, *device, 2, progress).value();
     auto comm = CreateSelfCommunicator(*device);
     const PlanLimits limits{.vocab_size = static_cast<int32_t>(config.vocab_size),
                             .max_model_len = kBlockSize * kBlocks,
@@ -40,7 +48,10 @@ struct Rank {
     worker = Worker::Create(config,
                             {.limits = limits,
                              .masked_max_tokens = masked_max_tokens,
-                             .expert_rank = std::vector<int>(config.num_experts, 0)},
+                             .expert_rank = expert_rank,
+                             .loopback_ranks = loopback_ranks,
+                             .profile_every = trace != nullptr ? 2 : 0,
+                             .trace = std::move(trace)},
                             shared, std::move(experts), std::move(device), std::move(comm))
                  .value();
   }
@@ -129,6 +140,31 @@ TEST(OpaqueWorkerTest, SameBitsAsOnTheHost) {
   }
 }
 
+// A device's trace: the wait for each step, whole steps, and the groups of every second one.
+TEST(OpaqueWorkerTest, TraceOfADevice) {
+  const ModelConfig config = LoadModelConfig("models/tiny").value();
+  const auto source = CreateDummySource(config, 17).value();
+  const std::string path = testing::TempDir() + "/device_trace.json";
+  {
+    Rank rank(config, *source, /*opaque=*/true, kMaxTokens, /*captures=*/false, /*loopback_ranks=*/0,
+              TraceWriter::Open(path).value());
+    for (const HomePlan& plan : Plans()) ASSERT_EQ(rank.worker->Execute(plan).status(), absl::OkStatus());
+  }
+  std::ifstream file(path);
+  std::map<std::pair<std::string, int>, std::vector<int>> steps;  // by name and track
+  const auto events = nlohmann::json::parse(file);
+  for (const auto& event : events) {
+    if (event["ph"] == "X") steps[{event["name"], event["tid"]}].push_back(event["args"]["step"]);
+  }
+  EXPECT_EQ((steps[{"submit", 0}]), std::vector<int>({1, 2, 3, 4}));
+  EXPECT_EQ((steps[{"wait_for_device", 3}]), std::vector<int>({1, 2, 3, 4}));
+  EXPECT_EQ((steps[{"step", 1}]), std::vector<int>({1, 3}));
+  EXPECT_EQ((steps[{"sample", 1}]), std::vector<int>({2, 4}));
+  EXPECT_EQ(std::ssize(steps[{"attention", 1}]), 2 * config.num_layers);
+  EXPECT_EQ(std::ssize(steps[{"dispatch", 2}]), 2 * config.num_layers);
+  EXPECT_EQ(std::ssize(steps[{"combine", 2}]), 2 * config.num_layers);
+}
+
 // Decode steps as captured graphs, padded to buckets of 1 and 3 rows, give the bits that they give one by one.
 TEST(OpaqueWorkerTest, GraphsGiveTheSameBits) {
   const auto without_logits = [](HomePlanParts parts) {
@@ -159,11 +195,15 @@ TEST(OpaqueWorkerTest, GraphsGiveTheSameBits) {
   AddSequence(mixed, 1, 5, {8, 9});
   add(mixed, 3);
 
-  for (const char* model : {"models/tiny", "models/paper16-small"}) {
+  // Alone, or as one of 16 with dispatch room for two rows of the bucket's three: then those graphs are captured when
+  // they are first asked for.
+  for (const auto& [model, ranks] : {std::pair("models/tiny", 0), std::pair("models/paper16-small", 0),
+                                     std::pair("models/tiny", 16), std::pair("models/paper16-small", 16)}) {
     const ModelConfig config = LoadModelConfig(model).value();
     const auto source = CreateDummySource(config, 18).value();
-    Rank plain(config, *source, /*opaque=*/false, kMaxTokens);
-    Rank graphs(config, *source, /*opaque=*/true, kMaxTokens, /*captures=*/true);
+    for (HomePlan& plan : plans) plan.Renumber(plan.step(), ranks > 0 ? 2 : 0);
+    Rank plain(config, *source, /*opaque=*/false, kMaxTokens, /*captures=*/false, ranks);
+    Rank graphs(config, *source, /*opaque=*/true, kMaxTokens, /*captures=*/true, ranks);
     int captured = 0;
     ASSERT_EQ(graphs.worker->WarmUp([&](int done, int all) {
       captured = done;
@@ -181,6 +221,10 @@ TEST(OpaqueWorkerTest, GraphsGiveTheSameBits) {
       EXPECT_EQ(result->top_tokens, expected->top_tokens) << "step " << plan.step();
       EXPECT_EQ(result->top_logprobs, expected->top_logprobs) << "step " << plan.step();
       EXPECT_EQ(result->expert_rows, expected->expert_rows) << "step " << plan.step();
+      EXPECT_EQ(result->overflow_rows, expected->overflow_rows) << "step " << plan.step();
+      if (ranks > 0 && plan.num_tokens() > 6) {
+        EXPECT_GT(result->overflow_rows, 2) << "more rows than room";
+      }
     }
     // Two rows, one, none, three; not the prompts and not the step with a chunk.
     EXPECT_EQ(OpaqueGraphLaunches() - before, 4);

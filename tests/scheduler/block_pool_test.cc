@@ -94,6 +94,61 @@ TEST(BlockPool, DuplicatesKeepTheFirst) {
   std::printf("two equal blocks: one is registered, the other goes back empty\n");
 }
 
+TEST(BlockPool, UnregisteredBlocksAreFoundNoMore) {
+  BlockPool pool(6, 2, true);
+  Tokens a, b, c, found;
+  ASSERT_TRUE(pool.Allocate(3, a) && pool.Allocate(2, b));
+  const ChainId chain = RegisterAll(pool, Range(0, 6), "", a);
+  RegisterAll(pool, Range(0, 4), "", b);  // duplicates: not registered
+  const Tokens first_of_b(b.begin(), b.end());
+  pool.Match(Range(0, 6), "", 3, c);
+  pool.Release(a);
+  pool.Unregister(Tokens{c[1], c[2]});
+  pool.Unregister(Tokens{c[1], c[2]});  // again: nothing to do
+  pool.Unregister(first_of_b);
+  EXPECT_EQ(pool.CountCached(Range(0, 6), "", 3), 1);
+  EXPECT_TRUE(Check(pool, {&b, &c}).ok());
+  pool.Release(c);
+  EXPECT_EQ(pool.cached(), 1);
+  EXPECT_EQ(pool.available(), 4);
+  pool.Match(Range(0, 2), "", 1, found);
+  pool.Unregister(found);
+  pool.Release(found);
+  EXPECT_EQ(pool.cached(), 0);
+  // Also of a block that nobody references; and what comes after it is another prefix than before.
+  ASSERT_TRUE(pool.Allocate(3, a));
+  EXPECT_NE(RegisterAll(pool, Range(0, 6), "", a), chain);
+  const Tokens again = a;
+  pool.Release(a);
+  EXPECT_EQ(pool.cached(), 3);
+  pool.Unregister(again);
+  EXPECT_EQ(pool.cached(), 0);
+  EXPECT_EQ(pool.available(), 4);
+  EXPECT_TRUE(Check(pool, {&b}).ok());
+  pool.Release(b);
+  std::printf("taken back while referenced, while cached, twice and of duplicates\n");
+}
+
+TEST(BlockPool, ClearForgetsAll) {
+  BlockPool pool(6, 2, true);
+  Tokens a, b;
+  ASSERT_TRUE(pool.Allocate(3, a) && pool.Allocate(2, b));
+  const ChainId chain = RegisterAll(pool, Range(0, 6), "red", a);
+  pool.Release(b);
+  pool.Release(a);
+  ASSERT_TRUE(pool.Allocate(1, b));
+  pool.Clear();
+  EXPECT_EQ(pool.available(), 6);
+  EXPECT_EQ(pool.cached(), 0);
+  EXPECT_EQ(pool.CountCached(Range(0, 6), "red", 3), 0);
+  EXPECT_TRUE(Check(pool, {}).ok());
+  ASSERT_TRUE(pool.Allocate(6, a));
+  EXPECT_EQ(std::set<int32_t>(a.begin(), a.end()).size(), 6u);
+  EXPECT_GT(RegisterAll(pool, Range(0, 6), "red", a), chain);  // names are never given twice
+  EXPECT_TRUE(Check(pool, {&a}).ok());
+  std::printf("all 6 blocks free and unknown\n");
+}
+
 TEST(BlockPool, EvictsLeastRecentlyUsedEndsFirst) {
   BlockPool pool(4, 1, true);
   Tokens a, b, c;

@@ -106,7 +106,75 @@ TEST(SimulatedEngine, FailsWhenAsked) {
   EXPECT_EQ(engine.Submit(Plan(3, {1}, 0, {0}, 1)).code(), absl::StatusCode::kUnavailable);
   EXPECT_EQ(engine.Ranks()[0].state, RankState::kFailed);
   EXPECT_EQ(engine.Ranks()[0].last_step, 1);
+  EXPECT_EQ(engine.Recover(absl::ZeroDuration()).status().code(), absl::StatusCode::kFailedPrecondition);
   std::printf("failure is final\n");
+}
+
+// Two homes with the same part.
+StepPlan Twice(StepPlan plan) {
+  plan.homes.push_back(plan.homes[0]);
+  return plan;
+}
+
+TEST(SimulatedEngine, LosesWhatLostHomesAndLostStepsHaveWritten) {
+  for (const bool awaiting : {false, true}) {
+    SimulatedOptions options = Options();
+    options.num_homes = 2;
+    options.lose = [awaiting](int64_t step, bool at_await) -> std::optional<SimulatedLoss> {
+      if (step != 2 || at_await != awaiting) return std::nullopt;
+      return SimulatedLoss{.homes = {1}, .late_recovers = 2, .next_step = 6, .expert_rank = std::vector<int>(16, 0)};
+    };
+    SimulatedEngine engine(options);
+    EXPECT_EQ(engine.Recover(absl::ZeroDuration()).status().code(), absl::StatusCode::kFailedPrecondition);
+    const EngineInfo& before = engine.Info();
+    ASSERT_TRUE(engine.Submit(Twice(Plan(1, {5, 6, 7, 8}, 0, {0}, 0))).ok());
+    ASSERT_TRUE(engine.Await().ok());
+    absl::Status lost = engine.Submit(Twice(Plan(2, {-1}, 4, {0, 1}, 1)));
+    if (awaiting) {
+      ASSERT_TRUE(lost.ok());
+      ASSERT_TRUE(engine.Submit(Twice(Plan(3, {-1}, 5, {0, 1}, 1))).ok());
+      lost = engine.Await().status();
+    }
+    EXPECT_EQ(lost.code(), absl::StatusCode::kUnavailable);
+    EXPECT_EQ(engine.Await().status(), lost);
+    EXPECT_EQ(engine.Submit(Twice(Plan(3, {1}, 0, {2}, 0))), lost);
+    EXPECT_EQ(engine.Ranks()[0].state, RankState::kReady);
+    EXPECT_EQ(engine.Ranks()[1].state, RankState::kLost);
+    EXPECT_NE(engine.Ranks()[1].message, "");
+    for (int i = 0; i < 2; ++i) {
+      EXPECT_EQ(engine.Recover(absl::ZeroDuration()).status().code(), absl::StatusCode::kDeadlineExceeded);
+    }
+    const auto recovery = engine.Recover(absl::ZeroDuration());
+    ASSERT_TRUE(recovery.ok());
+    EXPECT_EQ(recovery->next_step, 6);
+    EXPECT_EQ(recovery->home_kept, (std::vector<bool>{true, false}));
+    EXPECT_EQ(recovery->home_usable, (std::vector<bool>{true, true}));
+    EXPECT_EQ(engine.Ranks()[1].state, RankState::kReady);
+    EXPECT_EQ(before.expert_rank[15], 1);
+    EXPECT_EQ(engine.Info().expert_rank, std::vector<int>(16, 0));
+    EXPECT_EQ(engine.Info().num_homes, 2);
+
+    // Home 0 has positions 0 to 3; position 4 is to be written again. Home 1 has nothing.
+    const int32_t token = Next({5, 6, 7, 8});
+    StepPlan plan = Plan(6, {token}, 4, {0, 1}, 0);
+    plan.homes.push_back(Plan(6, {9}, 0, {0}, 0).homes[0]);
+    ASSERT_TRUE(engine.Submit(std::move(plan)).ok());
+    const auto result = engine.Await();
+    ASSERT_TRUE(result.ok());
+    EXPECT_EQ(result->homes[0].tokens, std::vector<int32_t>{Next({5, 6, 7, 8, token})});
+    StepPlan reads_lost = Plan(7, {9}, 0, {3}, 0);
+    const bool lost_home = awaiting;
+    if (lost_home) {
+      reads_lost.homes.push_back(Plan(7, {9}, 3, {0}, 0).homes[0]);  // positions 1 and 2 were the lost home's
+    } else {
+      reads_lost.homes[0] = Plan(7, {9}, 6, {0, 1}, 0).homes[0];  // position 5 was a lost step's
+      reads_lost.homes.push_back(Plan(7, {9}, 0, {3}, 0).homes[0]);
+    }
+    const absl::Status refused = engine.Submit(std::move(reads_lost));
+    EXPECT_EQ(refused.code(), absl::StatusCode::kInternal) << refused;
+    EXPECT_EQ(engine.Recover(absl::ZeroDuration()).status().code(), absl::StatusCode::kFailedPrecondition);
+  }
+  std::printf("after a loss, slots of the lost home and of the lost steps are unwritten, the others are whole\n");
 }
 
 }  // namespace

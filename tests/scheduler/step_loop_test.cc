@@ -187,6 +187,42 @@ TEST(StepLoop, QueueLimitDuplicatesAndDrain) {
   std::printf("%s; drain let 3 finish\n", std::string(full.message()).c_str());
 }
 
+// Sends the next request under the same id as soon as the last one says that it has ended.
+class Resender final : public TokenSink {
+ public:
+  Resender(StepLoop*& loop, int times) : loop_(loop), left_(times) {}
+  bool OnToken(TokenEvent) override { return true; }
+  void OnFinish(const FinishEvent&) override {
+    if (left_-- > 0) Send();
+  }
+  void Send() {
+    Request request = MakeRequest("again", {1, 2, 3}, 2);
+    request.num_outputs = 1;
+    request.sink = std::shared_ptr<TokenSink>(this, [](TokenSink*) {});
+    status_.Update(loop_->Add(std::move(request)));
+  }
+  absl::Status status() const { return status_; }
+  int left() const { return left_; }
+
+ private:
+  StepLoop*& loop_;
+  int left_;
+  absl::Status status_;
+};
+
+TEST(StepLoop, AnIdIsFreeWhenItsRequestEnds) {
+  SimulatedEngine engine(Simulated(2));
+  StepLoop* loop_pointer = nullptr;
+  Resender resender(loop_pointer, 20);
+  auto loop = StepLoop::Create(Checked(), engine, Clock::Real());
+  ASSERT_TRUE(loop.ok());
+  loop_pointer = loop->get();
+  resender.Send();
+  ASSERT_TRUE((*loop)->AwaitIdle(absl::Seconds(60)).ok());
+  EXPECT_TRUE(resender.status().ok()) << resender.status();
+  EXPECT_EQ(resender.left(), -1);
+}
+
 TEST(StepLoop, EngineFailureEndsAll) {
   SimulatedOptions simulated = Simulated(2);
   simulated.fail_at_step = 7;

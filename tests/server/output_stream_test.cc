@@ -207,5 +207,65 @@ TEST_F(OutputStreamTest, LargeDeltasAreCut) {
   EXPECT_EQ(tokens, 100u);
 }
 
+// `count` tokens from index `first` on, each with a top one.
+PromptLogprobs Scores(int32_t first, int32_t count) {
+  PromptLogprobs scores;
+  scores.first = first;
+  scores.num_top = 1;
+  for (int32_t i = 0; i < count; ++i) {
+    scores.tokens.push_back(first + i);
+    scores.logprobs.push_back(-1.0f - static_cast<float>(first + i));
+    scores.top_tokens.push_back(7);
+    scores.top_logprobs.push_back(-0.5f);
+  }
+  return scores;
+}
+
+TEST_F(OutputStreamTest, PromptLogprobsComeFirstInBoundedPieces) {
+  const auto stream = Create({.max_delta_bytes = 1000});
+  EXPECT_TRUE(stream->OnPromptLogprobs(Scores(1, 50)));
+  EXPECT_EQ(ready_, 1);
+  EXPECT_EQ(TakeAll(*stream).size(), 4u);  // 15 tokens of about 2 * 32 bytes fit
+  EXPECT_TRUE(stream->OnPromptLogprobs(Scores(51, 7)));
+  EXPECT_TRUE(stream->OnToken(Token(300)));
+  EXPECT_TRUE(stream->OnPromptLogprobs(Scores(58, 20)));
+  stream->OnFinish(End(FinishReason::kLength));
+  const auto events = TakeAll(*stream);
+  ASSERT_EQ(events.size(), 6u);
+  int32_t next = 51;
+  for (int i = 0; i < 3; ++i) {
+    const auto& part = std::get<PromptLogprobs>(events[i]);
+    EXPECT_EQ(part.first, next);
+    EXPECT_EQ(part.num_top, 1);
+    ASSERT_EQ(part.logprobs.size(), part.tokens.size());
+    ASSERT_EQ(part.top_tokens.size(), part.tokens.size());
+    ASSERT_EQ(part.top_logprobs.size(), part.tokens.size());
+    EXPECT_LE(part.size(), 15);
+    for (int32_t k = 0; k < part.size(); ++k, ++next) {
+      EXPECT_EQ(part.tokens[k], next);
+      EXPECT_EQ(part.logprobs[k], -1.0f - static_cast<float>(next));
+    }
+  }
+  EXPECT_EQ(next, 78);
+  EXPECT_EQ(std::get<Delta>(events[3]).tokens.size(), 1u);
+  EXPECT_EQ(std::get<RequestEnd>(events[5]).output_tokens, 1);
+}
+
+TEST_F(OutputStreamTest, UnreadPromptLogprobsAreBoundedByTheirBytes) {
+  // 16 bytes a token; of tokens that wait they are none.
+  const auto stream = Create({.max_buffered_tokens = 1, .max_buffered_bytes = 16 * 100});
+  EXPECT_TRUE(stream->OnPromptLogprobs(Scores(1, 60)));
+  EXPECT_TRUE(stream->OnPromptLogprobs(Scores(61, 40)));
+  TakeAll(*stream);
+  EXPECT_TRUE(stream->OnPromptLogprobs(Scores(101, 1000)));  // one always fits
+  EXPECT_FALSE(stream->OnPromptLogprobs(Scores(1101, 1)));
+  EXPECT_TRUE(stream->overflowed());
+  stream->OnFinish(End(FinishReason::kCancelled));
+  const auto events = TakeAll(*stream);
+  ASSERT_EQ(events.size(), 3u);
+  EXPECT_EQ(std::get<PromptLogprobs>(events[0]).size(), 1000);
+  EXPECT_EQ(std::get<OutputEnd>(events[1]).error.code(), absl::StatusCode::kResourceExhausted);
+}
+
 }  // namespace
 }  // namespace soloist

@@ -33,9 +33,10 @@ class Client:
                     response_deserializer=reply.FromString)
         return call, descriptor.input_type.full_name
 
-    def call(self, service, method, timeout=60, request=None, **fields):
+    def call(self, service, method, timeout=60, request=None, metadata=(), **fields):
         call, input_name = self._method(service, method)
-        return call(request if request is not None else self.message(input_name, **fields), timeout=timeout)
+        return call(request if request is not None else self.message(input_name, **fields), timeout=timeout,
+                    metadata=metadata)
 
     def control(self, method, **fields):
         return self.call("soloist.v1.ControlService", method, **fields)
@@ -61,6 +62,9 @@ class Server:
             errors = self.process.communicate()[1]
             raise RuntimeError(f"server said {line!r}: {errors}")
         self.address = line.split()[-1]
+        self.http_address = None
+        if any(flag.startswith("--http-") for flag in flags):
+            self.http_address = self.process.stdout.readline().split()[-1]
         self.ready = threading.Event()
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()

@@ -23,25 +23,35 @@ ALLOWED = {
     "engine/placement": {"base", "kernels", "engine"},
     "engine/model": {"base", "kernels", "engine", "engine/comm", "engine/placement"},
     "engine/worker": {"base", "kernels", "engine", "engine/comm", "engine/placement", "engine/model"},
+    "engine/cluster": {"base", "proto", "kernels", "engine", "engine/comm", "engine/placement", "engine/model",
+                       "engine/worker"},
     "scheduler": {"base", "engine"},
     "server/tokenizer": {"base"},
-    "server": {"base", "proto", "engine", "scheduler", "server/tokenizer"},
-    "cli": {"base", "proto", "kernels", "engine", "engine/model", "engine/worker", "scheduler", "server",
-            "server/tokenizer"},
+    "server/grammar": {"base", "engine", "scheduler", "server/tokenizer"},
+    "server": {"base", "proto", "engine", "scheduler", "server/grammar", "server/tokenizer"},
+    "server/http": {"base", "engine", "scheduler", "server", "server/grammar", "server/tokenizer"},
+    "cli": {"base", "proto", "kernels", "engine", "engine/model", "engine/worker", "engine/cluster", "scheduler", "server",
+            "server/http", "server/tokenizer"},
 }
 # Single files that a backend's link-time choice needs.
 EXTRA = {
     "kernels/backend_cpu_only.cc": {"kernels/cpu"},
     "kernels/backend_with_cuda.cc": {"kernels/cpu", "kernels/cuda"},
+    "engine/comm/nccl.cc": {"kernels/cuda"},
 }
 # Third-party headers that only some folders may see.
 ONLY_IN = {
     "CLI/": {"cli"},
-    "grpcpp/": {"server", "cli"},
+    "boost/": {"server/http", "cli"},
+    "grpcpp/": {"server", "cli", "engine/cluster"},
     "immintrin.h": {"kernels/cpu"},
     "hwy/": {"kernels/cpu"},
     "cuda": {"kernels/cuda", "engine/comm"},
+    "nccl": {"engine/comm"},
+    "gloo/": {"engine/comm"},
     "pcre2.h": {"server/tokenizer"},
+    "jinja/": {"server"},
+    "xgrammar/": {"server/grammar"},
 }
 SOURCES = (".h", ".cc", ".cu", ".cuh")
 MAX_LINES = 400
