@@ -67,7 +67,7 @@ tests/deploy/image_test.sh
 result "image" $?
 
 stage "clang-tidy (some minutes the first time)"
-tests/tidy.sh
+tests/tidy.py
 result "clang-tidy" $?
 
 stage "fuzz: eight targets, 20 s each"

@@ -152,3 +152,13 @@ BuildJinja() {
   rm -rf "$scratch"
 }
 BuildJinja
+
+# Where the BUILD files look for them. Made here and not kept in git: a symbolic link does not survive every way of copying
+# a tree.
+for folder in xgrammar jinja; do
+  ln -sfn "../.wheels/$folder/include" "$top/third_party/$folder/include"
+  ln -sfn "../.wheels/$folder/lib" "$top/third_party/$folder/lib"
+done
+if [[ -d $top/third_party/.wheels/cudnn_frontend ]]; then
+  ln -sfn ../.wheels/cudnn_frontend/include "$top/third_party/cudnn_frontend/include"
+fi
