@@ -21,7 +21,7 @@ bazel_test() {
   shift
   stage "$name"
   log=$(mktemp)
-  bazel test --keep_going --noshow_progress --test_summary=short "$@" 2>&1 | tee "$log" | grep -vE '^(INFO|Loading|Analyzing)'
+  bazel test --keep_going --noshow_progress --test_summary=short "$@" 2>&1 | tee "$log" | grep -vE '^(INFO|Loading|Analyzing)|__asan_extra_spill_area'
   status=${PIPESTATUS[0]}
   ok=$(grep -cE '^//.* PASSED in ' "$log")
   bad=$(grep -cE '^//.* (FAILED|TIMEOUT|NO STATUS)' "$log")

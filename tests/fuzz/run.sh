@@ -9,13 +9,9 @@ targets=("$@")
 if ((${#targets[@]} == 0)); then
   targets=(safetensors config tokenizer chat_template step_plan generate_request openai_request cluster_message)
 fi
-# An output base of its own: another compiler, and the usual build's links stay as they are.
-base=${SOLOIST_FUZZ_BASE:-$HOME/.cache/soloist/fuzz}
-build=(bazel "--output_base=$base" build --config=fuzz --symlink_prefix=/ --noshow_progress --ui_event_filters=-info)
-mkdir -p "$base"
 labels=("${targets[@]/#/\/\/tests\/fuzz:}")
-"${build[@]}" "${labels[@]/%/_fuzzer}" || exit 1
-bin=$(bazel "--output_base=$base" info --config=fuzz bazel-bin 2>/dev/null)
+bazel build --config=asan --noshow_progress --ui_event_filters=-info "${labels[@]/%/_fuzzer}" || exit 1
+bin=$(bazel info --config=asan bazel-bin 2>/dev/null)
 status=0
 for target in "${targets[@]}"; do
   scratch=$(mktemp -d)
