@@ -81,16 +81,19 @@ absl::Status Worker::WarmUp(const std::function<void(int, int)>& on_progress) {
   return stream_->Synchronize();
 }
 
-// A chunk of two rows that is kept nowhere: what prompts load or build on first use is there then.
+// A chunk of two rows that is kept nowhere: what prompts load or build on first use is there then. Its keys are whole
+// blocks (block 0, whatever it holds): after a recovery the cache has sequences in it, and attention may overwrite what
+// is behind the last key.
 absl::Status Worker::WarmUpChunk() {
-  if (options_.limits.max_tokens < 2 || options_.limits.max_model_len < 2) return absl::OkStatus();
+  const int32_t blocks = options_.limits.block_size == 1 ? 2 : 1, keys = blocks * options_.limits.block_size;
+  if (options_.limits.max_tokens < 2 || options_.limits.max_model_len < keys) return absl::OkStatus();
   HomePlanParts parts;
   parts.token_ids = {0, 0};
   parts.positions = {0, 1};
   parts.slot_mapping = {-1, -1};
   parts.query_starts = {0, 2};
-  parts.seq_lens = {2};
-  parts.max_blocks = options_.limits.block_size == 1 ? 2 : 1;
+  parts.seq_lens = {keys};
+  parts.max_blocks = blocks;
   parts.block_tables.assign(parts.max_blocks, 0);
   parts.logit_rows = {1};
   parts.sampling = {SamplingRow()};

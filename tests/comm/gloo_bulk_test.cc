@@ -16,8 +16,7 @@ CommBackend Mixed(int size) {
           }};
 }
 
-INSTANTIATE_TEST_SUITE_P(Gloo, CommunicatorContract, testing::Values(Gloo(1), Gloo(4), Mixed(3)),
-                         CommBackendName);
+INSTANTIATE_TEST_SUITE_P(Gloo, CommunicatorContract, testing::Values(Gloo(1), Gloo(4), Mixed(3)), CommBackendName);
 
 }  // namespace
 }  // namespace soloist

@@ -38,6 +38,18 @@ KvLayer Reveal(KvLayer kv) {
 // Of a copy of the arguments.
 void RevealAll(auto&... members) { ((members = Reveal(members)), ...); }
 
+// What an implementation of PagedAttention may do to the cache.
+void SpoilBehindLastKey(const AttentionArgs& a, int sequence) {
+  const int keys = a.seq_lens[sequence], used = keys % a.kv.block_size;
+  if (used == 0) return;
+  const int64_t block = a.block_tables[int64_t{sequence} * a.max_blocks + keys / a.kv.block_size];
+  const int64_t slot_bytes = a.kv.head_dim * DTypeBytes(a.kv.dtype);
+  for (int head = 0; head < a.kv.num_kv_heads; ++head) {
+    const int64_t slot = (block * a.kv.num_kv_heads + head) * a.kv.block_size + used;
+    std::memset(static_cast<char*>(a.kv.values) + slot * slot_bytes, 0, (a.kv.block_size - used) * slot_bytes);
+  }
+}
+
 // Calls of a captured graph, with their arguments.
 using Recording = std::vector<std::function<void()>>;
 
@@ -77,7 +89,11 @@ class OpaqueOps final : public Ops {
   void PagedAttention(const AttentionArgs& args, Stream& stream) override {
     AttentionArgs a = args;
     RevealAll(a.q, a.kv, a.query_starts, a.seq_lens, a.block_tables, a.out);
-    Do([=, this, &stream] { ops_.PagedAttention(a, stream); });
+    Do([=, this, &stream] {
+      stream.Synchronize().IgnoreError();
+      for (int s = a.num_decodes; s < a.num_sequences; ++s) SpoilBehindLastKey(a, s);
+      ops_.PagedAttention(a, stream);
+    });
   }
   void Route(const RouteArgs& args, Stream& stream) override {
     RouteArgs a = args;

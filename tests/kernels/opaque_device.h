@@ -1,7 +1,7 @@
 // A CPU device whose memory the host cannot touch: what Allocate returns is no address that the processor accepts, so
 // that code which reads or writes it other than by Device::Copy and Ops dies at once. As on a GPU, results must be
 // copied to be seen. It can also capture graphs: the calls with their arguments, which then run on what lies at those
-// addresses.
+// addresses. Attention of prompts overwrites what it may (kernels/ops.h).
 #ifndef SOLOIST_TESTS_KERNELS_OPAQUE_DEVICE_H_
 #define SOLOIST_TESTS_KERNELS_OPAQUE_DEVICE_H_
 
