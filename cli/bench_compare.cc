@@ -1,5 +1,7 @@
 // soloist bench compare: two JSON files of bench serve.
+#include <algorithm>
 #include <fstream>
+#include <limits>
 #include <memory>
 #include <string>
 #include <vector>
@@ -29,6 +31,42 @@ absl::StatusOr<std::vector<double>> ReadMetric(const Json& file, const std::stri
   return values;
 }
 
+constexpr int kSlices = 20;
+
+// Output tokens/s of the ok requests in each of kSlices equal parts of the run, from the first intended start to the
+// last end: a request's tokens lie evenly between its first one and its end. Their mean is the run's output tokens/s.
+// Empty if there is nothing to count.
+std::vector<double> TokenRates(const Json& file) {
+  struct Span {
+    double begin, end, tokens;
+  };
+  std::vector<Span> spans;
+  double first = std::numeric_limits<double>::infinity(), last = 0;
+  for (const Json& request : file["requests"]) {
+    if (!request.is_object() || request.value("outcome", Json()) != "ok") continue;
+    if (!request.value("intended_ms", Json()).is_number() || !request.value("latency_ms", Json()).is_number()) continue;
+    const double start = request["intended_ms"].get<double>(), end = start + request["latency_ms"].get<double>();
+    const Json ttft = request.value("ttft_ms", Json()), tokens = request.value("output_tokens", Json());
+    first = std::min(first, start);
+    last = std::max(last, end);
+    if (ttft.is_number() && tokens.is_number())
+      spans.push_back({start + ttft.get<double>(), end, tokens.get<double>()});
+  }
+  if (spans.empty() || last <= first) return {};
+  const double slice_ms = (last - first) / kSlices;
+  std::vector<double> rates(kSlices, 0.0);
+  for (const Span& span : spans) {
+    // One token, or several at once: all in the slice of its end.
+    const double begin = std::min(span.begin, span.end - 1e-6), length = span.end - begin;
+    for (int i = 0; i < kSlices; ++i) {
+      const double from = std::max(begin, first + i * slice_ms);
+      const double to = std::min(span.end, i + 1 == kSlices ? last : first + (i + 1) * slice_ms);
+      if (to > from) rates[i] += span.tokens * (to - from) / length / (slice_ms * 1e-3);
+    }
+  }
+  return rates;
+}
+
 absl::Status Compare(const std::string& path_a, const std::string& path_b, uint64_t seed) {
   const auto read = [](const std::string& path) -> absl::StatusOr<Json> {
     std::ifstream file(path);
@@ -48,6 +86,14 @@ absl::Status Compare(const std::string& path_a, const std::string& path_b, uint6
     const Ratio ratio = CompareMeans(of_a, of_b, seed);
     fmt::print("{:<12} {:.3f} [{:.3f}, {:.3f}]  ({} and {} requests)\n", metric, ratio.ratio, ratio.low, ratio.high,
                of_a.size(), of_b.size());
+  }
+  const std::vector<double> rates_a = TokenRates(a), rates_b = TokenRates(b);
+  if (rates_a.empty() || rates_b.empty()) {
+    fmt::print("{:<12} no value in one of the files\n", "output tok/s");
+  } else {
+    const Ratio ratio = CompareMeans(rates_a, rates_b, seed);
+    fmt::print("{:<12} {:.3f} [{:.3f}, {:.3f}]  (bootstrap over {} equal parts of each run)\n", "output tok/s",
+               ratio.ratio, ratio.low, ratio.high, kSlices);
   }
   return absl::OkStatus();
 }

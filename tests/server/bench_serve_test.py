@@ -110,6 +110,19 @@ class BenchServeTest(unittest.TestCase):
         compared = soloist("bench", "compare", self.path("trace.json"), self.path("trace.json"))
         self.assertEqual(compared.returncode, 0, compared.stderr)
         self.assertIn("latency_ms   1.000 [", compared.stdout)
+        self.assertIn("output tok/s 1.000 [", compared.stdout)
+        # The same answers in half of the time: latency halved, tokens/s doubled.
+        with open(self.path("trace.json"), encoding="utf-8") as file:
+            run = json.load(file)
+        for request in run["requests"]:
+            for key in ("intended_ms", "latency_ms", "ttft_ms"):
+                if request.get(key) is not None:
+                    request[key] /= 2
+        with open(self.path("twice.json"), "w", encoding="utf-8") as file:
+            json.dump(run, file)
+        compared = soloist("bench", "compare", self.path("trace.json"), self.path("twice.json"))
+        self.assertIn("latency_ms   0.500 [", compared.stdout)
+        self.assertIn("output tok/s 2.000 [", compared.stdout)
 
     def test_sweep_writes_each_point(self):
         result, text = self.bench("sweep.json", "--sweep=concurrency:1:4", "--requests=6", "--input-length=8",
