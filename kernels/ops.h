@@ -168,7 +168,8 @@ class Ops {
                             const Tensor& q_out /* act [n, hq * head_dim] */, Stream& stream) = 0;
 
   // Causal attention of ragged chunks over the paged cache. Row i of sequence s is at position seq_lens[s] - chunk + i.
-  // Slots behind a sequence's last key, in the same block, may be overwritten: nothing that is still needed may lie there.
+  // Slots behind a sequence's last key, in the same block, may be overwritten: nothing that is still needed may lie
+  // there.
   virtual void PagedAttention(const AttentionArgs& args, Stream& stream) = 0;
 
   // logits = normed * gate^T; top_k experts by logit (descending; the lower id first on a tie); weights = softmax over
