@@ -11,38 +11,13 @@
 
 #include "gtest/gtest.h"
 #include "scheduler/step_loop.h"
+#include "tests/scheduler/step_loop_testing.h"
 #include "tests/scheduler/testing.h"
 
 namespace soloist {
 namespace {
 
 using State = EngineCondition::State;
-
-SimulatedOptions Simulated(int homes) {
-  SimulatedOptions options;
-  options.num_homes = homes;
-  options.limits = TestLimits(24, 4);
-  return options;
-}
-
-SchedulerOptions Checked() {
-  SchedulerOptions options;
-  options.check_integrity_when_idle = true;
-  options.eos_token_ids = {3};
-  return options;
-}
-
-struct Asked {
-  Request request;
-  std::shared_ptr<RecordingSink> sink;
-};
-
-Asked Ask(const Request& request) {
-  auto sink = std::make_shared<RecordingSink>(request.num_outputs);
-  Asked asked{request, sink};
-  asked.request.sink = sink;
-  return asked;
-}
 
 Request Long(const std::string& id, int32_t max_tokens = 20) {
   Request request = MakeRequest(id, {1, 2, id[0] % 97, 4, 5}, max_tokens);

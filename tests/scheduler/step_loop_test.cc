@@ -9,36 +9,11 @@
 #include <vector>
 
 #include "gtest/gtest.h"
+#include "tests/scheduler/step_loop_testing.h"
 #include "tests/scheduler/testing.h"
 
 namespace soloist {
 namespace {
-
-SimulatedOptions Simulated(int homes) {
-  SimulatedOptions options;
-  options.num_homes = homes;
-  options.limits = TestLimits(24, 4);
-  return options;
-}
-
-SchedulerOptions Checked() {
-  SchedulerOptions options;
-  options.check_integrity_when_idle = true;
-  options.eos_token_ids = {3};
-  return options;
-}
-
-struct Asked {
-  Request request;
-  std::shared_ptr<RecordingSink> sink;
-};
-
-Asked Ask(const Request& request, int accept = -1) {
-  auto sink = std::make_shared<RecordingSink>(request.num_outputs, accept);
-  Asked asked{request, sink};
-  asked.request.sink = sink;
-  return asked;
-}
 
 // Lets the engine finish steps one by one.
 class Gate {
