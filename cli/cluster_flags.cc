@@ -80,6 +80,7 @@ std::vector<std::string> WorkerArguments(const EngineOptions& engine, const std:
       "--leader=" + leader,
       cuda ? fmt::format("--device=cuda:{}", index) : "--device=cpu",
       fmt::format("--threads={}", std::max(1, threads / count)),
+      "--cpu-gemm=" + engine.device.cpu_gemm,
       "--comm-address=127.0.0.1",
       fmt::format("--exit-with-parent={}", getpid()),
       spdlog::should_log(spdlog::level::debug) ? "--log-level=debug" : "--log-level=warn",

@@ -16,6 +16,11 @@ void EngineFlags::AddTo(CLI::App& app) {
   app.add_option("--device", engine.device.kind, "cpu, or cuda in a binary built with it")->capture_default_str();
   app.add_option("--threads", engine.device.cpu_threads, "CPU threads for all ranks together; 0: one per core")
       ->capture_default_str();
+  app.add_option("--cpu-gemm", engine.device.cpu_gemm,
+                 "how a CPU multiplies by weights: amx and fma to float32's precision, avx512_bf16 to 18 bits of the "
+                 "activations; auto: the first of amx, avx512_bf16, fma that it has")
+      ->check(CLI::IsMember({"auto", "amx", "avx512_bf16", "fma"}))
+      ->capture_default_str();
   app.add_flag("--deterministic", engine.device.deterministic,
                "CUDA: a request's tokens never depend on what else is in the batch; slower (the CPU always does so)");
   app.add_option("--tuning-file", engine.device.tuning_file,

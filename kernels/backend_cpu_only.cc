@@ -9,7 +9,7 @@ absl::StatusOr<std::unique_ptr<DeviceFactory>> CreateDeviceFactory(const DeviceO
     return InvalidArgument("--device is '{}', this binary has: cpu (CUDA comes with bazel build --config=cuda)",
                            options.kind);
   }
-  return CreateCpuDeviceFactory(options.cpu_threads);
+  return CreateCpuDeviceFactory(options);
 }
 
 }  // namespace soloist

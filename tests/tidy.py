@@ -39,6 +39,8 @@ def extra_flags(path):
     """Flags of one file beyond FLAGS; None where it can not be checked on this machine."""
     if path == "kernels/cpu/simd_bf16.cc":
         return BF16_FLAGS
+    if path == "kernels/cpu/simd_amx.cc":
+        return [*BF16_FLAGS, "-mamx-tile", "-mamx-bf16"]
     if path.startswith("kernels/cuda/") or path in (
             "kernels/backend_with_cuda.cc", "engine/comm/nccl.cc", "engine/comm/nccl_session.cc"):
         return CUDA_FLAGS if CUDA.is_dir() else None

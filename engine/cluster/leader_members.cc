@@ -98,6 +98,7 @@ absl::Status Leader::CheckHello(const worker::v1::Hello& hello) const {
   if (hello.deterministic() != device.deterministic) {
     return differ("--deterministic", hello.deterministic(), device.deterministic);
   }
+  if (hello.cpu_gemm() != device.cpu_gemm) return differ("--cpu-gemm", hello.cpu_gemm(), device.cpu_gemm);
   if (hello.group_size() != 0 && hello.group_size() != info_.num_ranks) {
     return differ("group size", hello.group_size(), info_.num_ranks);
   }

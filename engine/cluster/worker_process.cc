@@ -29,6 +29,7 @@ absl::StatusOr<worker::v1::Hello> MakeHello(const WorkerProcessOptions& options)
   hello.set_pid(getpid());
   hello.set_device_kind(options.device.kind);
   hello.set_deterministic(options.device.deterministic);
+  hello.set_cpu_gemm(options.device.cpu_gemm);
   hello.set_pci_address(facts.pci_address);
   hello.set_numa_node(facts.numa_node);
   for (const std::string& name : facts.network_interfaces) hello.add_network_interfaces(name);

@@ -52,8 +52,9 @@ absl::StatusOr<Buffer> Map(int64_t bytes) {
 
 class CpuDevice final : public Device {
  public:
-  explicit CpuDevice(ThreadPool& pool) : ops_(CreateCpuOps(pool)) {}
-  std::string Name() const override { return HasNativeBf16() ? "cpu (avx512_bf16)" : "cpu"; }
+  CpuDevice(ThreadPool& pool, const GemmKernel& gemm)
+      : name_(std::string("cpu (") + gemm.name + ")"), ops_(CreateCpuOps(pool, gemm)) {}
+  std::string Name() const override { return name_; }
   DType activation_dtype() const override { return DType::kF32; }
   bool host_accessible() const override { return true; }
   absl::StatusOr<Buffer> Allocate(int64_t bytes) override { return Map(bytes); }
@@ -79,6 +80,7 @@ class CpuDevice final : public Device {
   Ops& ops() override { return *ops_; }
 
  private:
+  const std::string name_;
   std::unique_ptr<Ops> ops_;
 };
 
@@ -90,8 +92,10 @@ double Seconds(const auto& work) {
 
 class CpuDeviceFactory final : public DeviceFactory {
  public:
-  explicit CpuDeviceFactory(int threads) : pool_(threads) {}
-  absl::StatusOr<std::unique_ptr<Device>> CreateDevice(int) override { return std::make_unique<CpuDevice>(pool_); }
+  CpuDeviceFactory(int threads, const GemmKernel& gemm) : pool_(threads), gemm_(gemm) {}
+  absl::StatusOr<std::unique_ptr<Device>> CreateDevice(int) override {
+    return std::make_unique<CpuDevice>(pool_, gemm_);
+  }
 
   // The best of several passes: other tenants of the machine only ever slow a pass down.
   MachineRates MeasureRates() override {
@@ -118,13 +122,16 @@ class CpuDeviceFactory final : public DeviceFactory {
 
  private:
   ThreadPool pool_;
+  const GemmKernel& gemm_;
 };
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<DeviceFactory>> CreateCpuDeviceFactory(int threads) {
+absl::StatusOr<std::unique_ptr<DeviceFactory>> CreateCpuDeviceFactory(const DeviceOptions& options) {
+  const int threads = options.cpu_threads;
   if (threads < 0 || threads > 1024) return InvalidArgument("--threads is {}, allowed: 0 (all cores) to 1024", threads);
-  return std::make_unique<CpuDeviceFactory>(threads > 0 ? threads : UsableCores());
+  ASSIGN_OR_RETURN(const GemmKernel* gemm, FindGemmKernel(options.cpu_gemm));
+  return std::make_unique<CpuDeviceFactory>(threads > 0 ? threads : UsableCores(), *gemm);
 }
 
 }  // namespace soloist

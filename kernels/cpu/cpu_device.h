@@ -9,8 +9,9 @@
 
 namespace soloist {
 
-// `threads` in all, shared by the factory's devices; 0: one per core that this process may use.
-absl::StatusOr<std::unique_ptr<DeviceFactory>> CreateCpuDeviceFactory(int threads);
+// options.cpu_threads in all, shared by the factory's devices. INVALID_ARGUMENT of cpu_threads or cpu_gemm names what
+// is allowed.
+absl::StatusOr<std::unique_ptr<DeviceFactory>> CreateCpuDeviceFactory(const DeviceOptions& options);
 
 }  // namespace soloist
 

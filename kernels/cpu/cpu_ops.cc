@@ -17,7 +17,7 @@ constexpr int64_t kRowsPerTask = 16;
 
 class CpuOps final : public Ops {
  public:
-  explicit CpuOps(ThreadPool& pool) : pool_(pool) {}
+  CpuOps(ThreadPool& pool, const GemmKernel& gemm) : pool_(pool), gemm_(gemm) {}
 
   void Embed(const int32_t* token_ids, const int32_t* previous_tokens, const Tensor& table, const Tensor& out,
              Stream&) override {
@@ -42,10 +42,11 @@ class CpuOps final : public Ops {
     CHECK_EQ(out.cols, w.rows);
     CHECK_EQ(x.rows, out.rows);
     if (x.rows == 0) return;
-    const int64_t n = w.rows, block = GemmBlock(x.rows, n, pool_.threads());
+    const int64_t n = w.rows, block = GemmBlock(gemm_, x.rows, n, pool_.threads());
     const RowSet from{x.as<float>(), x.stride}, to{out.as<float>(), out.stride};
-    pool_.ParallelFor((n + block - 1) / block,
-                      [&](int64_t b) { GemmColumns(from, to, x.rows, w, b * block, std::min(n, (b + 1) * block)); });
+    pool_.ParallelFor((n + block - 1) / block, [&](int64_t b) {
+      GemmColumns(gemm_, from, to, x.rows, w, b * block, std::min(n, (b + 1) * block));
+    });
   }
 
   void RopeAppendKv(const Tensor& qkv, const int32_t* positions, const int32_t* slot_mapping, const Tensor& cos_sin,
@@ -164,7 +165,7 @@ class CpuOps final : public Ops {
     }
   }
 
-  void ExpertMlp(const ExpertMlpArgs& args, Stream&) override { CpuExpertMlp(args, pool_); }
+  void ExpertMlp(const ExpertMlpArgs& args, Stream&) override { CpuExpertMlp(args, gemm_, pool_); }
 
   void CombineRows(const CombineRowsArgs& args, Stream&) override {
     // A row's sum is made where it stays, or where its norm will overwrite it.
@@ -253,10 +254,13 @@ class CpuOps final : public Ops {
   }
 
   ThreadPool& pool_;
+  const GemmKernel& gemm_;
 };
 
 }  // namespace
 
-std::unique_ptr<Ops> CreateCpuOps(ThreadPool& pool) { return std::make_unique<CpuOps>(pool); }
+std::unique_ptr<Ops> CreateCpuOps(ThreadPool& pool, const GemmKernel& gemm) {
+  return std::make_unique<CpuOps>(pool, gemm);
+}
 
 }  // namespace soloist

@@ -4,17 +4,23 @@
 
 #include <cstdint>
 #include <memory>
+#include <string_view>
+#include <vector>
 
+#include "absl/status/statusor.h"
+#include "kernels/cpu/simd.h"
 #include "kernels/cpu/thread_pool.h"
 #include "kernels/ops.h"
 
 namespace soloist {
 
-// `pool` must outlive it.
-std::unique_ptr<Ops> CreateCpuOps(ThreadPool& pool);
+// Those that this CPU has, the fastest first.
+std::vector<const GemmKernel*> GemmKernels();
+// By name; "auto": the fastest. INVALID_ARGUMENT names what there is.
+absl::StatusOr<const GemmKernel*> FindGemmKernel(std::string_view name);
 
-// For tests: never use the native bf16 dot product. Before any op runs.
-void DisableNativeBf16ForTest(bool disable);
+// `pool` must outlive it.
+std::unique_ptr<Ops> CreateCpuOps(ThreadPool& pool, const GemmKernel& gemm);
 
 // The parts of CpuOps that have files of their own.
 
@@ -27,12 +33,13 @@ struct RowSet {
 };
 
 // out[i][begin..end) = x[i] * w[begin..end)^T for i in [0, m).
-void GemmColumns(const RowSet& x, const RowSet& out, int64_t m, const Tensor& w, int64_t begin, int64_t end);
+void GemmColumns(const GemmKernel& kernel, const RowSet& x, const RowSet& out, int64_t m, const Tensor& w,
+                 int64_t begin, int64_t end);
 // Columns of the output that one task should compute.
-int64_t GemmBlock(int64_t m, int64_t n, int threads);
+int64_t GemmBlock(const GemmKernel& kernel, int64_t m, int64_t n, int threads);
 
 void CpuPagedAttention(const AttentionArgs& args, ThreadPool& pool);
-void CpuExpertMlp(const ExpertMlpArgs& args, ThreadPool& pool);
+void CpuExpertMlp(const ExpertMlpArgs& args, const GemmKernel& gemm, ThreadPool& pool);
 void CpuSample(const SampleArgs& args, ThreadPool& pool);
 
 }  // namespace soloist

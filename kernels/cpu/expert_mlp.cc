@@ -24,7 +24,7 @@ struct Plan {
 
 }  // namespace
 
-void CpuExpertMlp(const ExpertMlpArgs& args, ThreadPool& pool) {
+void CpuExpertMlp(const ExpertMlpArgs& args, const GemmKernel& gemm, ThreadPool& pool) {
   thread_local Plan plan;
   plan.rows.clear();
   plan.experts.clear();
@@ -50,12 +50,13 @@ void CpuExpertMlp(const ExpertMlpArgs& args, ThreadPool& pool) {
   // Both products: tasks are (expert, block of columns).
   const auto multiply = [&](const Tensor* weights, const Tensor& from, const Tensor& to, int64_t n) {
     const int64_t mean = static_cast<int64_t>(rows.size() / experts.size());
-    const int64_t block = GemmBlock(std::max<int64_t>(1, mean), n, pool.threads()), blocks = (n + block - 1) / block;
+    const int64_t block = GemmBlock(gemm, std::max<int64_t>(1, mean), n, pool.threads()),
+                  blocks = (n + block - 1) / block;
     pool.ParallelFor(static_cast<int64_t>(experts.size()) * blocks, [&](int64_t task) {
       const Expert& expert = experts[task / blocks];
       const int64_t begin = task % blocks * block;
       const int32_t* index = rows.data() + expert.first;
-      GemmColumns({from.as<float>(), from.stride, index}, {to.as<float>(), to.stride, index}, expert.count,
+      GemmColumns(gemm, {from.as<float>(), from.stride, index}, {to.as<float>(), to.stride, index}, expert.count,
                   weights[expert.id], begin, std::min(begin + block, n));
     });
   };

@@ -291,7 +291,12 @@ float Max(const float* x, int64_t n) { return HWY_DYNAMIC_DISPATCH(MaxF)(x, n); 
 float SumExp(const float* x, float shift, float* out, int64_t n) {
   return HWY_DYNAMIC_DISPATCH(SumExpF)(x, shift, out, n);
 }
-void GemmTileFma(const GemmTile& tile) { HWY_DYNAMIC_DISPATCH(GemmTileF)(tile); }
+const GemmKernel& FmaKernel() {
+  static const GemmKernel kernel = {.name = "fma", .rows = 4, .columns = 128, .run = [](const GemmTile& tile) {
+                                      HWY_DYNAMIC_DISPATCH(GemmTileF)(tile);
+                                    }};
+  return kernel;
+}
 FmaLoop RunFmaLoop(int64_t iterations) { return HWY_DYNAMIC_DISPATCH(FmaLoopF)(iterations); }
 float ReadLoop(const float* x, int64_t n) { return HWY_DYNAMIC_DISPATCH(ReadLoopF)(x, n); }
 

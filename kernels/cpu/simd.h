@@ -34,25 +34,34 @@ float Max(const float* x, int64_t n);
 // sum exp(x[i] - shift); with out, also out[i] = exp(x[i] - shift).
 float SumExp(const float* x, float shift, float* out, int64_t n);
 
-// A tile of y = x w^T: `m` (1 to kTileRows) rows of x against rows [0, n) of w, k columns. out[i][j] -> out[i *
-// out_stride + j].
-inline constexpr int kTileRows = 4;
+// A tile of y = x w^T: `m` rows of x against rows [0, n) of w, k columns.
+inline constexpr int kMaxTileRows = 32;
 struct GemmTile {
-  const float* x[kTileRows];
-  float* out[kTileRows];
+  const float* x[kMaxTileRows];
+  float* out[kMaxTileRows];  // out[i][j]: row i of x times row j of w
   int m = 0;
   const BFloat16* w = nullptr;
   int64_t w_stride = 0;
   int64_t n = 0;
   int64_t k = 0;
 };
-// F32 fused multiply-adds on widened weights.
-void GemmTileFma(const GemmTile& tile);
 
-// The same by the native bf16 dot product (AVX512_BF16): x is split into two bf16 parts, x = high + low + O(2^-17 x),
-// so that nothing else is rounded. bytes: k * 2 per weight row; 2 dot products per 32 weights and row of x.
-bool HasNativeBf16();
-void GemmTileBf16(const GemmTile& tile);
+// A way to compute tiles of up to `rows` rows. An element has the same bits in whatever tile it is computed, but others
+// by another kernel.
+struct GemmKernel {
+  const char* name;
+  int rows;         // at most kMaxTileRows
+  int64_t columns;  // of y that one task should compute where there are many rows
+  void (*run)(const GemmTile& tile);
+};
+// F32 fused multiply-adds on widened weights.
+const GemmKernel& FmaKernel();
+// The bf16 dot product of AVX512_BF16: x is split into two bf16 parts, x = high + low + O(2^-18 x). 2 dot products per
+// 32 weights and row of x. Null where the CPU has it not.
+const GemmKernel* Bf16Kernel();
+// The tile product of AMX_BF16: x is split into three bf16 parts, which hold all of it. 3 products per 16 x 32 weights
+// and 16 rows of x. Null where the CPU has it not, or the kernel lets no process use it.
+const GemmKernel* AmxKernel();
 
 // F32 fused multiply-adds on registers: how many FLOPs a loop of `iterations` does; the sum keeps the compiler honest.
 struct FmaLoop {

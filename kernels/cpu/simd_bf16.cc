@@ -12,23 +12,24 @@ namespace {
 constexpr int64_t kMaxK = 1 << 16;
 constexpr int64_t kStep = 32;
 
+constexpr int kRows = 4;
+
 // Rows of x as bf16 pairs, zero-filled to a multiple of kStep.
 struct Split {
-  alignas(64) uint16_t high[kTileRows][kMaxK + kStep];
-  alignas(64) uint16_t low[kTileRows][kMaxK + kStep];
+  alignas(64) uint16_t high[kRows][kMaxK + kStep];
+  alignas(64) uint16_t low[kRows][kMaxK + kStep];
 };
 
 __m512i Bits(const uint16_t* p) { return _mm512_loadu_si512(p); }
 
-// high = bf16(x) by truncation, low = bf16(x - high): together 16 bits of mantissa. Truncating keeps x - high exact.
+// high = bf16(x), low = bf16(x - high), both rounded to nearest: x = high + low up to 2^-18 |x|.
 void SplitRow(const float* x, int64_t k, uint16_t* high, uint16_t* low) {
-  const __m512i mask = _mm512_set1_epi32(static_cast<int>(0xffff0000));
   int64_t i = 0;
   for (; i < k; i += 16) {
     const __mmask16 lanes = k - i >= 16 ? 0xffff : static_cast<__mmask16>((1u << (k - i)) - 1);
     const __m512 value = _mm512_maskz_loadu_ps(lanes, x + i);
-    const __m512 top = _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(value), mask));
-    const __m256i top_bits = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(top), 16));
+    const __m256i top_bits = (__m256i)_mm512_cvtneps_pbh(value);
+    const __m512 top = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(top_bits), 16));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(high + i), top_bits);
     const __m256bh rest = _mm512_cvtneps_pbh(_mm512_sub_ps(value, top));
     std::memcpy(low + i, &rest, 32);
@@ -108,15 +109,7 @@ void Sweep(const GemmTile& t, const Split& x) {
   for (; j < t.n; ++j) Micro<M, 1>(t, x, j);
 }
 
-}  // namespace
-
-bool HasNativeBf16() {
-  static const bool has =
-      __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-  return has;
-}
-
-void GemmTileBf16(const GemmTile& t) {
+void RunBf16(const GemmTile& t) {
   CHECK_LE(t.k, kMaxK);
   thread_local Split split;
   for (int a = 0; a < t.m; ++a) SplitRow(t.x[a], t.k, split.high[a], split.low[a]);
@@ -130,6 +123,15 @@ void GemmTileBf16(const GemmTile& t) {
     default:
       return Sweep<4, 4>(t, split);
   }
+}
+
+}  // namespace
+
+const GemmKernel* Bf16Kernel() {
+  static const GemmKernel kernel = {.name = "avx512_bf16", .rows = kRows, .columns = 128, .run = RunBf16};
+  static const bool has =
+      __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  return has ? &kernel : nullptr;
 }
 
 }  // namespace soloist

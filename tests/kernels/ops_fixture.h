@@ -8,6 +8,8 @@
 #include <limits>
 #include <memory>
 #include <random>
+#include <string>
+#include <string_view>
 #include <tuple>
 #include <vector>
 
@@ -32,16 +34,22 @@ inline double RelativeError(const std::vector<float>& out, const std::vector<dou
   return std::sqrt(difference / std::max(norm, 1e-300));
 }
 
-// Parameter: native bf16 dot product allowed, threads.
-class OpsTest : public testing::TestWithParam<std::tuple<bool, int>> {
+inline std::vector<std::string> GemmKernelNames() {
+  std::vector<std::string> names;
+  for (const GemmKernel* kernel : GemmKernels()) names.emplace_back(kernel->name);
+  return names;
+}
+// Of a product of `kernel`, F32 sums included.
+inline double GemmBound(std::string_view kernel) { return kernel == "avx512_bf16" ? 1e-5 : 1e-6; }
+
+// Parameter: one of the GEMM kernels of this CPU, threads.
+class OpsTest : public testing::TestWithParam<std::tuple<std::string, int>> {
  protected:
   OpsTest() {
-    DisableNativeBf16ForTest(!std::get<0>(GetParam()));
-    factory_ = *CreateDeviceFactory({.cpu_threads = std::get<1>(GetParam())});
+    factory_ = *CreateDeviceFactory({.cpu_threads = std::get<1>(GetParam()), .cpu_gemm = std::get<0>(GetParam())});
     device_ = *factory_->CreateDevice(0);
     stream_ = *device_->CreateStream();
   }
-  ~OpsTest() override { DisableNativeBf16ForTest(false); }
 
   Ops& ops() { return device_->ops(); }
   Stream& stream() { return *stream_; }

@@ -46,7 +46,7 @@ class SampleTest : public OpsTest {
     return r;
   }
 };
-INSTANTIATE_TEST_SUITE_P(Paths, SampleTest, testing::Values(std::tuple(true, 2)));
+INSTANTIATE_TEST_SUITE_P(Paths, SampleTest, testing::Values(std::tuple(std::string("auto"), 2)));
 
 TEST_P(SampleTest, GreedyPenaltiesBias) {
   const std::vector<float> logits = {1, 3, 3, 2.5f, -1};
