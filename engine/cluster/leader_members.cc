@@ -99,6 +99,14 @@ absl::Status Leader::CheckHello(const worker::v1::Hello& hello) const {
     return differ("--deterministic", hello.deterministic(), device.deterministic);
   }
   if (hello.cpu_gemm() != device.cpu_gemm) return differ("--cpu-gemm", hello.cpu_gemm(), device.cpu_gemm);
+  for (const auto& [link, other] : members_) {
+    if (device.kind == "cpu" && hello.device_name() != other->hello.device_name()) {
+      return FailedPrecondition(
+          "{} computes on '{}', {} on '{}', whose results have other last bits: give the leader and all workers the "
+          "same --cpu-gemm",
+          Describe(hello), hello.device_name(), Describe(other->hello), other->hello.device_name());
+    }
+  }
   if (hello.group_size() != 0 && hello.group_size() != info_.num_ranks) {
     return differ("group size", hello.group_size(), info_.num_ranks);
   }

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <string_view>
 #include <vector>
 
@@ -15,7 +16,7 @@
 namespace soloist {
 
 // Those that this CPU has, the fastest first.
-std::vector<const GemmKernel*> GemmKernels();
+std::vector<std::string> GemmKernelNames();
 // By name; "auto": the fastest. INVALID_ARGUMENT names what there is.
 absl::StatusOr<const GemmKernel*> FindGemmKernel(std::string_view name);
 

@@ -5,27 +5,33 @@
 #include <string>
 #include <vector>
 
+#include "absl/strings/str_join.h"
 #include "base/status.h"
 #include "kernels/cpu/cpu_ops.h"
 #include "kernels/cpu/simd.h"
 
 namespace soloist {
+namespace {
 
-std::vector<const GemmKernel*> GemmKernels() {
-  std::vector<const GemmKernel*> kernels;
-  for (const GemmKernel* kernel : {AmxKernel(), Bf16Kernel(), &FmaKernel()}) {
-    if (kernel != nullptr) kernels.push_back(kernel);
-  }
+std::vector<const GemmKernel*> Kernels() {
+  std::vector<const GemmKernel*> kernels = {AmxKernel(), Bf16Kernel(), &FmaKernel()};
+  std::erase(kernels, nullptr);
   return kernels;
 }
 
+}  // namespace
+
+std::vector<std::string> GemmKernelNames() {
+  std::vector<std::string> names;
+  for (const GemmKernel* kernel : Kernels()) names.emplace_back(kernel->name);
+  return names;
+}
+
 absl::StatusOr<const GemmKernel*> FindGemmKernel(std::string_view name) {
-  std::string names = "auto";
-  for (const GemmKernel* kernel : GemmKernels()) {
+  for (const GemmKernel* kernel : Kernels()) {
     if (name == "auto" || name == kernel->name) return kernel;
-    names += std::string(", ") + kernel->name;
   }
-  return InvalidArgument("--cpu-gemm is '{}', this CPU has: {}", name, names);
+  return InvalidArgument("--cpu-gemm is '{}', this CPU has: auto, {}", name, absl::StrJoin(GemmKernelNames(), ", "));
 }
 
 int64_t GemmBlock(const GemmKernel& kernel, int64_t m, int64_t n, int threads) {

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <string>
 #include <thread>
@@ -28,8 +29,38 @@ inline worker::v1::WorkerMessage GoodHello(int rank) {
   static const std::string& build = *new std::string(ExecutableFingerprint().value());
   hello.set_build_id(build);
   hello.set_device_kind("cpu");
+  hello.set_cpu_gemm("auto");
   hello.set_wanted_rank(rank);
   return message;
+}
+
+// A stream to the leader by a client that is none of ours; it breaks when this ends.
+class Caller {
+ public:
+  explicit Caller(const std::string& leader)
+      : stub_(worker::v1::Cluster::NewStub(grpc::CreateChannel(leader, grpc::InsecureChannelCredentials()))),
+        stream_(stub_->Join(&context_)) {}
+  ~Caller() { context_.TryCancel(); }
+  Caller(const Caller&) = delete;
+  Caller& operator=(const Caller&) = delete;
+
+  // The leader's first answer to a good Hello with a change: why it refuses it, or OK.
+  absl::Status Say(const std::function<void(worker::v1::Hello&)>& change) {
+    worker::v1::WorkerMessage message = GoodHello(-1);
+    change(*message.mutable_hello());
+    stream_->Write(message);
+    worker::v1::LeaderMessage answer;
+    if (!stream_->Read(&answer) || !answer.has_stop()) return absl::OkStatus();
+    return {static_cast<absl::StatusCode>(answer.stop().code()), answer.stop().reason()};
+  }
+
+ private:
+  grpc::ClientContext context_;
+  const std::unique_ptr<worker::v1::Cluster::Stub> stub_;
+  const std::unique_ptr<grpc::ClientReaderWriter<worker::v1::WorkerMessage, worker::v1::LeaderMessage>> stream_;
+};
+inline absl::Status SayHello(const std::string& leader, const std::function<void(worker::v1::Hello&)>& change) {
+  return Caller(leader).Say(change);
 }
 
 class FakeWorker {

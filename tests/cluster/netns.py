@@ -112,6 +112,8 @@ class Host:
             run("ip", "link", "set", self.link, "up")
 
     def close(self):
+        # With the namespace it would go too, but some time later: the next host of this name would find it.
+        run("ip", "link", "delete", self.link)
         self.holder.communicate()
 
 

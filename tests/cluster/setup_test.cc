@@ -160,17 +160,14 @@ TEST_F(SetUpTest, DeterministicOnOneSideOnly) {
   ExpectSentence(set_up_.Run().workers[0], absl::StatusCode::kFailedPrecondition, HasSubstr("--deterministic"));
 }
 
-// What a worker of another build would say, by a client that is none of ours.
-absl::Status SayHello(const std::string& leader, const std::function<void(worker::v1::Hello&)>& change) {
-  const auto stub = worker::v1::Cluster::NewStub(grpc::CreateChannel(leader, grpc::InsecureChannelCredentials()));
-  grpc::ClientContext context;
-  const auto stream = stub->Join(&context);
-  worker::v1::WorkerMessage message = GoodHello(-1);
-  change(*message.mutable_hello());
-  stream->Write(message);
-  worker::v1::LeaderMessage answer;
-  if (!stream->Read(&answer) || !answer.has_stop()) return absl::OkStatus();
-  return {static_cast<absl::StatusCode>(answer.stop().code()), answer.stop().reason()};
+TEST_F(SetUpTest, AnotherCpuGemm) {
+  set_up_.start = [&](const std::string& leader) {
+    WorkerProcessOptions options = set_up_.workers.Options(leader, 1);
+    options.device.cpu_gemm = "fma";
+    set_up_.workers.Start(options);
+  };
+  ExpectSentence(set_up_.Run().workers[0], absl::StatusCode::kFailedPrecondition,
+                 HasSubstr("has --cpu-gemm 'fma', the leader 'auto'"));
 }
 
 TEST_F(SetUpTest, AnotherBuildSchemaOrDevice) {
@@ -188,6 +185,20 @@ TEST_F(SetUpTest, AnotherBuildSchemaOrDevice) {
   EXPECT_EQ(right, absl::OkStatus());
   // The one that was right, and then went away.
   EXPECT_THAT(failed.leader.message(), HasSubstr("its stream to the leader has broken"));
+}
+
+// Of two CPUs that would compute other bits.
+TEST_F(SetUpTest, AnotherKindOfCpu) {
+  absl::Status first, second;
+  set_up_.start = [&](const std::string& leader) {
+    Caller stays(leader);
+    first = stays.Say([](worker::v1::Hello& hello) { hello.set_device_name("cpu (amx)"); });
+    second = SayHello(leader, [](worker::v1::Hello& hello) { hello.set_device_name("cpu (fma)"); });
+  };
+  set_up_.Run();
+  EXPECT_EQ(first, absl::OkStatus());
+  ExpectSentence(second, absl::StatusCode::kFailedPrecondition,
+                 AllOf(HasSubstr("computes on 'cpu (fma)'"), HasSubstr("on 'cpu (amx)'"), HasSubstr("--cpu-gemm")));
 }
 
 // A copy of the bundled model, with something changed.

@@ -34,11 +34,6 @@ inline double RelativeError(const std::vector<float>& out, const std::vector<dou
   return std::sqrt(difference / std::max(norm, 1e-300));
 }
 
-inline std::vector<std::string> GemmKernelNames() {
-  std::vector<std::string> names;
-  for (const GemmKernel* kernel : GemmKernels()) names.emplace_back(kernel->name);
-  return names;
-}
 // Of a product of `kernel`, F32 sums included.
 inline double GemmBound(std::string_view kernel) { return kernel == "avx512_bf16" ? 1e-5 : 1e-6; }
 

@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <fstream>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "base/status.h"
@@ -13,6 +14,7 @@
 #include "engine/model/weights.h"
 #include "engine/worker/worker.h"
 #include "gtest/gtest.h"
+#include "kernels/cpu/cpu_ops.h"
 #include "nlohmann/json.hpp"
 #include "tests/parity/engine_harness.h"
 
@@ -34,10 +36,12 @@ std::vector<Json> Goldens() {
 
 // Greedy decoding through the whole engine. Up to the first near tie of the reference at which we choose differently,
 // every token must be equal, and the reference's five best logits must be met.
-class GoldenTest : public testing::TestWithParam<int> {};
+// Parameter: ranks, GEMM kernel.
+class GoldenTest : public testing::TestWithParam<std::tuple<int, std::string>> {};
 
 TEST_P(GoldenTest, LogitsAndGreedyTokens) {
-  Harness harness({.model_dir = kModelDir, .num_ranks = GetParam()}, {});
+  const auto& [ranks, gemm] = GetParam();
+  Harness harness({.model_dir = kModelDir, .num_ranks = ranks, .device = {.cpu_gemm = gemm}}, {});
   ASSERT_TRUE(harness.ok());
   const std::vector<Json> cases = Goldens();
   ASSERT_EQ(cases.size(), 24u);
@@ -83,11 +87,12 @@ TEST_P(GoldenTest, LogitsAndGreedyTokens) {
     }
   }
   EXPECT_GE(compared, 24 * 48 * 9 / 10);
-  std::printf("%d ranks: %lld steps compared, worst relative logit error %.2e, %lld near ties\n", GetParam(),
-              static_cast<long long>(compared), worst, static_cast<long long>(near_ties));
+  std::printf("%d ranks, %s: %lld steps compared, worst relative logit error %.2e, %lld near ties\n", ranks,
+              gemm.c_str(), static_cast<long long>(compared), worst, static_cast<long long>(near_ties));
 }
 
-INSTANTIATE_TEST_SUITE_P(Ranks, GoldenTest, testing::Values(1, 4, 16), testing::PrintToStringParamName());
+INSTANTIATE_TEST_SUITE_P(Ranks, GoldenTest, testing::Combine(testing::Values(4, 16), testing::Values("auto")));
+INSTANTIATE_TEST_SUITE_P(Gemm, GoldenTest, testing::Combine(testing::Values(1), testing::ValuesIn(GemmKernelNames())));
 
 // Every layer's two experts and weights for each prompt token, read from the worker itself.
 TEST(RouterTest, ChoicesEqualReference) {
