@@ -18,7 +18,7 @@ void EngineFlags::AddTo(CLI::App& app) {
       ->capture_default_str();
   app.add_option("--cpu-gemm", engine.device.cpu_gemm,
                  "how a CPU multiplies by weights: amx and fma to float32's precision, avx512_bf16 to 18 bits of the "
-                 "activations; auto: the first of amx, avx512_bf16, fma that it has")
+                 "activations; auto: amx where it has it, else avx512_bf16 on AMD's, else fma")
       ->check(CLI::IsMember({"auto", "amx", "avx512_bf16", "fma"}))
       ->capture_default_str();
   app.add_flag("--deterministic", engine.device.deterministic,

@@ -154,7 +154,8 @@ struct DeviceOptions {
   std::string kind = "cpu";  // cpu, or cuda where the binary has it
   int cpu_threads = 0;       // 0: one per core that this process may use
   // How a CPU multiplies F32 activations by bf16 weights: amx, avx512_bf16 (activations as two bf16 parts, 2^-18 of
-  // them is lost), fma; auto: the first of these that it has. Results differ in their last bits.
+  // them is lost), fma; auto: amx where it has it, else avx512_bf16 on AMD's, else fma. Results differ in their last
+  // bits.
   std::string cpu_gemm = "auto";
   // Every op gives a row the same bits whatever else is in the batch, in prefill and decode alike. The CPU always does;
   // on CUDA it costs speed, most of all in prefill.

@@ -11,34 +11,12 @@
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
 #include "hwy/contrib/math/math-inl.h"
+#include "kernels/cpu/vector-inl.h"
 // clang-format on
 
 HWY_BEFORE_NAMESPACE();
 namespace soloist {
 namespace HWY_NAMESPACE {
-
-namespace hn = hwy::HWY_NAMESPACE;
-using F = hn::ScalableTag<float>;
-using B = hn::Rebind<hwy::bfloat16_t, F>;
-using V = hn::Vec<F>;
-
-HWY_INLINE V LoadWide(F d, const float* p) { return hn::LoadU(d, p); }
-HWY_INLINE V LoadWide(F d, const BFloat16* p) {
-  return hn::PromoteTo(d, hn::LoadU(B(), reinterpret_cast<const hwy::bfloat16_t*>(p)));
-}
-// The last n < Lanes elements, zero-filled.
-template <typename T>
-HWY_INLINE V LoadTail(F d, const T* p, int64_t n) {
-  HWY_ALIGN T buffer[HWY_LANES(float)] = {};
-  for (int64_t i = 0; i < n; ++i) buffer[i] = p[i];
-  return LoadWide(d, buffer);
-}
-HWY_INLINE void StoreTail(V v, F d, float* p, int64_t n) {
-  HWY_ALIGN float buffer[HWY_LANES(float)];
-  hn::Store(v, d, buffer);
-  for (int64_t i = 0; i < n; ++i) p[i] = buffer[i];
-}
-HWY_INLINE float Reduce(F d, V v) { return hn::GetLane(hn::SumOfLanes(d, v)); }
 
 float DotF(const float* x, const float* y, int64_t n) {
   const F d;
@@ -174,54 +152,6 @@ float SumExpF(const float* x, float shift, float* out, int64_t n) {
   return Reduce(d, sum);
 }
 
-// N rows of w at a time against M rows of x: M * N accumulators.
-template <int M, int N>
-HWY_INLINE void Micro(const GemmTile& t, int64_t j) {
-  const F d;
-  const int64_t lanes = hn::Lanes(d);
-  V sum[M][N];
-  for (int a = 0; a < M; ++a) {
-    for (int b = 0; b < N; ++b) sum[a][b] = hn::Zero(d);
-  }
-  const BFloat16* w = t.w + j * t.w_stride;
-  int64_t i = 0;
-  for (; i + lanes <= t.k; i += lanes) {
-    V x[M];
-    for (int a = 0; a < M; ++a) x[a] = hn::LoadU(d, t.x[a] + i);
-    for (int b = 0; b < N; ++b) {
-      const V wide = LoadWide(d, w + b * t.w_stride + i);
-      for (int a = 0; a < M; ++a) sum[a][b] = hn::MulAdd(x[a], wide, sum[a][b]);
-    }
-  }
-  if (i < t.k) {
-    for (int b = 0; b < N; ++b) {
-      const V wide = LoadTail(d, w + b * t.w_stride + i, t.k - i);
-      for (int a = 0; a < M; ++a) sum[a][b] = hn::MulAdd(LoadTail(d, t.x[a] + i, t.k - i), wide, sum[a][b]);
-    }
-  }
-  for (int a = 0; a < M; ++a) {
-    for (int b = 0; b < N; ++b) t.out[a][j + b] = Reduce(d, sum[a][b]);
-  }
-}
-template <int M, int N>
-HWY_INLINE void Sweep(const GemmTile& t) {
-  int64_t j = 0;
-  for (; j + N <= t.n; j += N) Micro<M, N>(t, j);
-  for (; j < t.n; ++j) Micro<M, 1>(t, j);
-}
-void GemmTileF(const GemmTile& t) {
-  switch (t.m) {
-    case 1:
-      return Sweep<1, 8>(t);
-    case 2:
-      return Sweep<2, 4>(t);
-    case 3:
-      return Sweep<3, 4>(t);
-    default:
-      return Sweep<4, 4>(t);
-  }
-}
-
 FmaLoop FmaLoopF(int64_t iterations) {
   const F d;
   V sum[10];
@@ -266,7 +196,6 @@ HWY_EXPORT(WidenB);
 HWY_EXPORT(SiluGateF);
 HWY_EXPORT(MaxF);
 HWY_EXPORT(SumExpF);
-HWY_EXPORT(GemmTileF);
 HWY_EXPORT(FmaLoopF);
 HWY_EXPORT(ReadLoopF);
 
@@ -290,12 +219,6 @@ void SiluGate(float* gate, const float* up, int64_t n) { HWY_DYNAMIC_DISPATCH(Si
 float Max(const float* x, int64_t n) { return HWY_DYNAMIC_DISPATCH(MaxF)(x, n); }
 float SumExp(const float* x, float shift, float* out, int64_t n) {
   return HWY_DYNAMIC_DISPATCH(SumExpF)(x, shift, out, n);
-}
-const GemmKernel& FmaKernel() {
-  static const GemmKernel kernel = {.name = "fma", .rows = 4, .columns = 128, .run = [](const GemmTile& tile) {
-                                      HWY_DYNAMIC_DISPATCH(GemmTileF)(tile);
-                                    }};
-  return kernel;
 }
 FmaLoop RunFmaLoop(int64_t iterations) { return HWY_DYNAMIC_DISPATCH(FmaLoopF)(iterations); }
 float ReadLoop(const float* x, int64_t n) { return HWY_DYNAMIC_DISPATCH(ReadLoopF)(x, n); }

@@ -35,7 +35,7 @@ float Max(const float* x, int64_t n);
 float SumExp(const float* x, float shift, float* out, int64_t n);
 
 // A tile of y = x w^T: `m` rows of x against rows [0, n) of w, k columns.
-inline constexpr int kMaxTileRows = 32;
+inline constexpr int kMaxTileRows = 64;
 struct GemmTile {
   const float* x[kMaxTileRows];
   float* out[kMaxTileRows];  // out[i][j]: row i of x times row j of w

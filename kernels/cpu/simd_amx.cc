@@ -13,11 +13,10 @@
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
-#include <new>
 
 #include "base/check.h"
 #include "kernels/cpu/simd.h"
+#include "kernels/cpu/thread_buffer.h"
 
 namespace soloist {
 namespace {
@@ -39,26 +38,6 @@ struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {};
   uint8_t tile_rows[16] = {};
-};
-
-// Packed x of one thread: grows to the largest it has seen.
-class PackBuffer {
- public:
-  uint8_t* Get(int64_t bytes) {
-    if (bytes > bytes_) {
-      data_.reset(static_cast<uint8_t*>(::operator new(bytes, kAlign)));
-      bytes_ = bytes;
-    }
-    return data_.get();
-  }
-
- private:
-  static constexpr std::align_val_t kAlign{64};
-  struct Free {
-    void operator()(uint8_t* p) const { ::operator delete(p, kAlign); }
-  };
-  std::unique_ptr<uint8_t, Free> data_;
-  int64_t bytes_ = 0;
 };
 
 // v[i] lane j <-> v[j] lane i.
@@ -249,8 +228,8 @@ void RunAmx(const GemmTile& t) {
   const int first = std::min(t.m, kTile), rest = t.m - first;
   const int columns = t.m == 1 ? 1 : t.m <= 4 ? 4 : kTile;
   const int64_t bytes = (t.k + kStep - 1) / kStep * kParts * 64 * columns;
-  thread_local PackBuffer buffer;
-  uint8_t* packed = buffer.Get(rest > 0 ? 2 * bytes : bytes);
+  thread_local ThreadBuffer buffer;
+  uint8_t* packed = buffer.Get<uint8_t>(rest > 0 ? 2 * bytes : bytes);
   const auto pack = columns == 1 ? Pack<1> : columns == 4 ? Pack<4> : Pack<kTile>;
   pack(t.x, first, t.k, packed);
   if (rest > 0) pack(t.x + kTile, rest, t.k, packed + bytes);

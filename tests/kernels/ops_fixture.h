@@ -61,6 +61,9 @@ class OpsTest : public testing::TestWithParam<std::tuple<std::string, int>> {
     return values;
   }
 
+  // Against float64, and each row alone against all of them.
+  void CheckLinear(const std::string& name);
+
   std::mt19937 random_{20261124};
   std::unique_ptr<DeviceFactory> factory_;
   std::unique_ptr<Device> device_;

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "gtest/gtest.h"
+#include "hwy/targets.h"
 #include "kernels/cpu/cpu_ops.h"
 #include "kernels/cpu/simd.h"
 #include "kernels/device.h"
@@ -15,11 +16,8 @@
 #include "tests/kernels/ops_fixture.h"
 
 namespace soloist {
-namespace {
 
-INSTANTIATE_TEST_SUITE_P(Paths, OpsTest, testing::Combine(testing::ValuesIn(GemmKernelNames()), testing::Values(1, 2)));
-
-TEST_P(OpsTest, Linear) {
+void OpsTest::CheckLinear(const std::string& name) {
   for (const auto& [m, n, k] : std::vector<std::tuple<int, int, int>>{{0, 8, 8},
                                                                       {1, 1, 1},
                                                                       {1, 33, 31},
@@ -30,6 +28,7 @@ TEST_P(OpsTest, Linear) {
                                                                       {17, 65, 48},
                                                                       {33, 16, 2},
                                                                       {70, 96, 256},
+                                                                      {9, 20, 1100},
                                                                       {130, 300, 1000}}) {
     const auto x = Random(int64_t{m} * k);
     const auto w = RandomBf16(int64_t{n} * k);
@@ -44,14 +43,31 @@ TEST_P(OpsTest, Linear) {
     }
     const Tensor weights = MakeTensor(w.data(), n, k);
     ops().Linear(MakeTensor(x.data(), m, k), weights, MakeTensor(out.data(), m, n), stream());
-    EXPECT_LE(RelativeError(out, ref), GemmBound(std::get<0>(GetParam()))) << m << " " << n << " " << k;
+    EXPECT_LE(RelativeError(out, ref), GemmBound(name)) << name << " " << m << " " << n << " " << k;
     // Row by row: the same bits.
     std::vector<float> alone(out.size(), kPoison);
     for (int i = 0; i < m; ++i) {
       ops().Linear(MakeTensor(x.data() + i * k, 1, k), weights, MakeTensor(alone.data() + i * n, 1, n), stream());
     }
-    EXPECT_EQ(out, alone) << m << " " << n << " " << k;
+    EXPECT_EQ(out, alone) << name << " " << m << " " << n << " " << k;
   }
+}
+
+namespace {
+
+INSTANTIATE_TEST_SUITE_P(Paths, OpsTest, testing::Combine(testing::ValuesIn(GemmKernelNames()), testing::Values(1, 2)));
+
+TEST_P(OpsTest, Linear) {
+  const std::string& gemm = std::get<0>(GetParam());
+  CheckLinear(gemm);
+  if (gemm != "fma") return;
+  for (const int64_t target : hwy::SupportedAndGeneratedTargets()) {
+    hwy::SetSupportedTargetsForTest(target);
+    hwy::GetChosenTarget().Update(hwy::SupportedTargets());
+    CheckLinear(std::string("fma ") + hwy::TargetName(target));
+  }
+  hwy::SetSupportedTargetsForTest(0);
+  hwy::GetChosenTarget().Update(hwy::SupportedTargets());
 }
 
 TEST_P(OpsTest, AddRmsNorm) {
