@@ -71,6 +71,7 @@ Connection::Connection(std::shared_ptr<ConnectionContext> context, Socket socket
 }
 
 Connection::~Connection() {
+  Hold(0);
   const std::lock_guard lock(context_->mutex);
   context_->connections.erase(this);
   context_->changed.notify_all();
@@ -116,6 +117,7 @@ void Connection::ExpectRequest(absl::Duration deadline) {
   header_seen_ = is_head_ = is_http10_ = false;
   header_bytes_ = 0;
   request_ = {};
+  Hold(0);
   more_headers_.clear();
   parser_.emplace();
   parser_->eager(true);
@@ -167,6 +169,9 @@ void Connection::Parse() {
       return Read();
     }
     if (parser_->is_header_done() && !header_seen_) OnHeader();
+    if (state_ == State::kBody && Hold(std::ssize(parser_->get().body())) > context_->options.max_held_bytes) {
+      RespondError(503, "the requests that are being read and handled fill the memory for them: try again later");
+    }
     if (state_ != State::kHandling && parser_->is_done()) Dispatch();
     if (error == http::error::need_more) return Read();
   }

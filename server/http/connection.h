@@ -34,7 +34,8 @@ struct ConnectionContext {
   HttpServerOptions options;
   HttpServer::Handler handler;
   HttpServer::ErrorMaker error_maker;
-  std::atomic<bool> draining{false};  // answers close their connections
+  std::atomic<bool> draining{false};   // answers close their connections
+  std::atomic<int64_t> held_bytes{0};  // of requests' bodies
 
   mutable std::mutex mutex;
   std::condition_variable changed;
@@ -88,6 +89,11 @@ class Connection final : public HttpExchange, public std::enable_shared_from_thi
   void OnRead(const boost::system::error_code& error, size_t bytes);
   void Parse();
   void OnHeader();
+  // Counts `bytes` as this request's body; those of all connections are returned.
+  int64_t Hold(int64_t bytes) {
+    const int64_t more = bytes - std::exchange(held_bytes_, bytes);
+    return context_->held_bytes.fetch_add(more) + more;
+  }
   void Dispatch();
   void RespondError(int status, const std::string& message);
   void SetHead(const HttpResponse& response, bool chunked, std::optional<size_t> content_length);
@@ -113,6 +119,7 @@ class Connection final : public HttpExchange, public std::enable_shared_from_thi
   std::optional<Parser> parser_;
   HttpRequest request_;
   size_t header_bytes_ = 0;
+  int64_t held_bytes_ = 0;
   bool header_seen_ = false, is_head_ = false, is_http10_ = false, close_after_ = false;
 
   std::shared_ptr<Listener> listener_;

@@ -19,6 +19,7 @@ struct HttpServerOptions {
   int32_t max_connections = 4096;       // more are answered 503 and closed
   int64_t max_header_bytes = 32 << 10;  // request line and header fields: 431
   int64_t max_body_bytes = 8 << 20;     // 413
+  int64_t max_held_bytes = 512 << 20;   // bodies of all requests that come or are handled: 503
   // From a request's first byte (a connection's opening for the first) to the end of its header, and from there to the
   // end of its body: 408.
   absl::Duration header_timeout = absl::Seconds(10);

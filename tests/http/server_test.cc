@@ -72,7 +72,8 @@ class Client {
 
 class ServerTest : public testing::Test {
  protected:
-  void Start(int64_t fail_at_step = 0, std::chrono::microseconds step = std::chrono::microseconds(200)) {
+  void Start(int64_t fail_at_step = 0, std::chrono::microseconds step = std::chrono::microseconds(200),
+             const HttpServerOptions& http = {}) {
     SimulatedOptions simulated;
     simulated.num_homes = 2;
     simulated.limits = TestLimits(256, 4);
@@ -88,7 +89,7 @@ class ServerTest : public testing::Test {
     frontend_->Start(*engine_, *loop_);
     api_ = std::make_unique<HttpApi>(*frontend_, HttpApiOptions{});
     server_ = *HttpServer::Create(
-        "127.0.0.1:0", {}, [this](const std::shared_ptr<HttpExchange>& exchange) { api_->Handle(exchange); },
+        "127.0.0.1:0", http, [this](const std::shared_ptr<HttpExchange>& exchange) { api_->Handle(exchange); },
         [](int status, const std::string& message) {
           return ErrorResponse({.status = status, .message = message, .param = {}, .code = {}});
         });
@@ -162,6 +163,27 @@ TEST_F(ServerTest, ClientsComeAndGo) {
   EXPECT_GT(whole, 20);
   EXPECT_TRUE(Within20s([&] { return Idle(); }));
   EXPECT_TRUE(Within20s([&] { return server_->connections() == 0; }));
+}
+
+// What all connections hold together has a bound, whose room comes back when a request is answered.
+TEST_F(ServerTest, BodiesFillTheMemory) {
+  Start(0, std::chrono::microseconds(200), {.max_held_bytes = 100'000});
+  const std::string good = R"({"prompt": [1, 2, 3], "max_tokens": 1})", blanks(60'000, ' ');
+  // The status line of an answer to a whole request of so many bytes.
+  const auto ask = [&](int64_t bytes) {
+    Client client(server_->address());
+    client.Post("/v1/completions", good + std::string(bytes - good.size(), ' '));
+    return client.Until("\r\n").substr(0, 12);
+  };
+  Client slow(server_->address());
+  slow.Send("POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: " +
+            std::to_string(good.size() + blanks.size()) + "\r\n\r\n" + blanks);
+  EXPECT_TRUE(Within20s([&] { return ask(40'001) == "HTTP/1.1 503"; }));
+  EXPECT_EQ(ask(39'999), "HTTP/1.1 200");
+  slow.Send(good);
+  EXPECT_NE(slow.Until(R"("usage")").find("HTTP/1.1 200"), std::string::npos);
+  EXPECT_TRUE(Within20s([&] { return ask(99'000) == "HTTP/1.1 200"; }));
+  EXPECT_EQ(ask(100'001), "HTTP/1.1 503");
 }
 
 TEST_F(ServerTest, EngineThatFailsBeforeTheFirstToken) {
