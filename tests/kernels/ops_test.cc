@@ -7,6 +7,7 @@
 #include <thread>
 #include <vector>
 
+#include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "hwy/targets.h"
 #include "kernels/cpu/cpu_ops.h"
@@ -68,6 +69,16 @@ TEST_P(OpsTest, Linear) {
   }
   hwy::SetSupportedTargetsForTest(0);
   hwy::GetChosenTarget().Update(hwy::SupportedTargets());
+}
+
+TEST(GemmKernelsTest, AreFoundByName) {
+  const std::vector<std::string> names = GemmKernelNames();
+  EXPECT_EQ(std::count(names.begin(), names.end(), "fma"), 1);
+  EXPECT_EQ((*FindGemmKernel("auto"))->name, names[0]);
+  for (const std::string& name : names) EXPECT_EQ((*FindGemmKernel(name))->name, name);
+  const auto none = CreateDeviceFactory({.cpu_gemm = "sme"});
+  EXPECT_EQ(none.status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(none.status().message(), testing::HasSubstr("--cpu-gemm is 'sme', this CPU has: auto, " + names[0]));
 }
 
 TEST_P(OpsTest, AddRmsNorm) {
