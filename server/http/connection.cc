@@ -71,7 +71,6 @@ Connection::Connection(std::shared_ptr<ConnectionContext> context, Socket socket
 }
 
 Connection::~Connection() {
-  Hold(0);
   const std::lock_guard lock(context_->mutex);
   context_->connections.erase(this);
   context_->changed.notify_all();
@@ -117,7 +116,7 @@ void Connection::ExpectRequest(absl::Duration deadline) {
   header_seen_ = is_head_ = is_http10_ = false;
   header_bytes_ = 0;
   request_ = {};
-  Hold(0);
+  held_.Set(0);
   more_headers_.clear();
   parser_.emplace();
   parser_->eager(true);
@@ -169,7 +168,7 @@ void Connection::Parse() {
       return Read();
     }
     if (parser_->is_header_done() && !header_seen_) OnHeader();
-    if (state_ == State::kBody && Hold(std::ssize(parser_->get().body())) > context_->options.max_held_bytes) {
+    if (state_ == State::kBody && held_.Set(std::ssize(parser_->get().body())) > context_->options.max_held_bytes) {
       RespondError(503, "the requests that are being read and handled fill the memory for them: try again later");
     }
     if (state_ != State::kHandling && parser_->is_done()) Dispatch();
@@ -227,6 +226,7 @@ void Connection::AddHeader(std::string_view name, std::string_view value) {
 void Connection::RespondError(int status, const std::string& message) {
   state_ = State::kHandling;
   close_after_ = true;
+  DropBody();
   Respond(context_->error_maker(status, message));
 }
 

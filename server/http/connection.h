@@ -51,6 +51,24 @@ struct ConnectionContext {
   }
 };
 
+// One connection's part of a sum over all.
+class HeldBytes {
+ public:
+  explicit HeldBytes(std::atomic<int64_t>& sum) : sum_(sum) {}
+  ~HeldBytes() { Set(0); }
+  HeldBytes(const HeldBytes&) = delete;
+  HeldBytes& operator=(const HeldBytes&) = delete;
+  // The new sum.
+  int64_t Set(int64_t bytes) {
+    const int64_t more = bytes - std::exchange(own_, bytes);
+    return sum_.fetch_add(more) + more;
+  }
+
+ private:
+  std::atomic<int64_t>& sum_;
+  int64_t own_ = 0;
+};
+
 class Connection final : public HttpExchange, public std::enable_shared_from_this<Connection> {
  public:
   using Strand = boost::asio::strand<boost::asio::io_context::executor_type>;
@@ -89,10 +107,9 @@ class Connection final : public HttpExchange, public std::enable_shared_from_thi
   void OnRead(const boost::system::error_code& error, size_t bytes);
   void Parse();
   void OnHeader();
-  // Counts `bytes` as this request's body; those of all connections are returned.
-  int64_t Hold(int64_t bytes) {
-    const int64_t more = bytes - std::exchange(held_bytes_, bytes);
-    return context_->held_bytes.fetch_add(more) + more;
+  void DropBody() {
+    parser_.reset();
+    held_.Set(0);
   }
   void Dispatch();
   void RespondError(int status, const std::string& message);
@@ -119,7 +136,7 @@ class Connection final : public HttpExchange, public std::enable_shared_from_thi
   std::optional<Parser> parser_;
   HttpRequest request_;
   size_t header_bytes_ = 0;
-  int64_t held_bytes_ = 0;
+  HeldBytes held_{context_->held_bytes};
   bool header_seen_ = false, is_head_ = false, is_http10_ = false, close_after_ = false;
 
   std::shared_ptr<Listener> listener_;
