@@ -16,11 +16,9 @@ void EngineFlags::AddTo(CLI::App& app) {
   app.add_option("--device", engine.device.kind, "cpu, or cuda in a binary built with it")->capture_default_str();
   app.add_option("--threads", engine.device.cpu_threads, "CPU threads for all ranks together; 0: one per core")
       ->capture_default_str();
-  app.add_option("--cpu-gemm", engine.device.cpu_gemm,
-                 "how a CPU multiplies by weights: amx and fma to float32's precision, avx512_bf16 to 18 bits of the "
-                 "activations; auto: amx where it has it, else avx512_bf16 on AMD's, else fma")
-      ->check(CLI::IsMember({"auto", "amx", "avx512_bf16", "fma"}))
-      ->capture_default_str();
+  AddCpuGemm(app, engine.device.cpu_gemm,
+             "how a CPU multiplies by weights: amx and fma to float32's precision, avx512_bf16 to 18 bits of the "
+             "activations; auto: amx where it has it, else avx512_bf16 on AMD's, else fma");
   app.add_flag("--deterministic", engine.device.deterministic,
                "CUDA: a request's tokens never depend on what else is in the batch; slower (the CPU always does so)");
   app.add_option("--tuning-file", engine.device.tuning_file,
@@ -101,6 +99,12 @@ absl::StatusOr<Runtime> StartRuntime(EngineFlags flags) {
   flags.scheduler.max_sequences = info.limits.max_sequences;
   ASSIGN_OR_RETURN(runtime.loop, StepLoop::Create(flags.scheduler, *runtime.engine, Clock::Real()));
   return runtime;
+}
+
+void AddCpuGemm(CLI::App& app, std::string& kernel, const std::string& help) {
+  app.add_option("--cpu-gemm", kernel, help)
+      ->check(CLI::IsMember({"auto", "amx", "avx512_bf16", "fma"}))
+      ->capture_default_str();
 }
 
 void AddCheckFlags(CLI::App& app, bool& check) {

@@ -51,6 +51,9 @@ void AddBench(CLI::App& app, int& exit_code);
 void AddInspect(CLI::App& app, int& exit_code);
 void AddWorker(CLI::App& app, int& exit_code);
 
+// --cpu-gemm (DeviceOptions::cpu_gemm), of a leader and of a worker.
+void AddCpuGemm(CLI::App& app, std::string& kernel, const std::string& help);
+
 // --check-flags: the flags (and a worker's variables) are parsed and compared, nothing is started.
 void AddCheckFlags(CLI::App& app, bool& check);
 

@@ -181,9 +181,7 @@ void AddWorker(CLI::App& app, int& exit_code) {
       ->capture_default_str();
   sub->add_option("--model", flags->worker.model_dir, "model folder on this host; default: the leader's path");
   sub->add_option("--threads", flags->worker.device.cpu_threads, "CPU threads; 0: one per core")->capture_default_str();
-  sub->add_option("--cpu-gemm", flags->worker.device.cpu_gemm, "as the leader")
-      ->check(CLI::IsMember({"auto", "amx", "avx512_bf16", "fma"}))
-      ->capture_default_str();
+  AddCpuGemm(*sub, flags->worker.device.cpu_gemm, "as the leader");
   sub->add_flag("--deterministic", flags->worker.device.deterministic, "as the leader");
   sub->add_option("--tuning-file", flags->worker.device.tuning_file, "CUDA: see serve");
   sub->add_option("--trace", flags->worker.trace_file, "writes what the rank does to this file with .rankR behind it");

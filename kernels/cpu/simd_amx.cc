@@ -14,7 +14,6 @@
 #include <algorithm>
 #include <cstring>
 
-#include "base/check.h"
 #include "kernels/cpu/simd.h"
 #include "kernels/cpu/thread_buffer.h"
 
@@ -27,11 +26,12 @@ constexpr int kParts = 3;                       // of x
 constexpr int kArchRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM, Linux 5.16
 constexpr int kTileData = 18;                   // XFEATURE_XTILEDATA
 
-// The operand of ldtilecfg: tiles 0 to 3 sum up, 4 to 6 hold w, 6 and 7 x. `rows` of w (at most kTile), of x `columns`.
+// The operand of ldtilecfg: tiles 0 to 3 sum up, 4 and 5 hold w, 6 and 7 x. `rows` of w (at most kTile), of x
+// `columns`.
 struct alignas(64) TileConfig {
   TileConfig(int rows, int columns) {
     for (int i = 0; i < 8; ++i) {
-      row_bytes[i] = static_cast<uint16_t>(i < 4 || i == 7 ? 4 * columns : 64);
+      row_bytes[i] = static_cast<uint16_t>(i == 4 || i == 5 ? 64 : 4 * columns);
       tile_rows[i] = static_cast<uint8_t>(i < 6 ? rows : kTile);
     }
   }
@@ -257,6 +257,7 @@ bool HasAmx() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
   if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kAmxBf16) == 0 || (d & kAmxTile) == 0) return false;
+  // Pack uses the conversions of AVX512_BF16.
   return Bf16Kernel() != nullptr && syscall(SYS_arch_prctl, kArchRequestPermission, kTileData) == 0;
 }
 

@@ -3,21 +3,19 @@
 
 #include <cstring>
 
-#include "base/check.h"
 #include "kernels/cpu/simd.h"
+#include "kernels/cpu/thread_buffer.h"
 
 namespace soloist {
 namespace {
 
-constexpr int64_t kMaxK = 1 << 16;
 constexpr int64_t kStep = 32;
-
 constexpr int kRows = 4;
 
-// Rows of x as bf16 pairs, zero-filled to a multiple of kStep.
+// Rows of x as two bf16 parts, zero-filled to a multiple of kStep.
 struct Split {
-  alignas(64) uint16_t high[kRows][kMaxK + kStep];
-  alignas(64) uint16_t low[kRows][kMaxK + kStep];
+  uint16_t* high[kRows];
+  uint16_t* low[kRows];
 };
 
 __m512i Bits(const uint16_t* p) { return _mm512_loadu_si512(p); }
@@ -110,9 +108,15 @@ void Sweep(const GemmTile& t, const Split& x) {
 }
 
 void RunBf16(const GemmTile& t) {
-  CHECK_LE(t.k, kMaxK);
-  thread_local Split split;
-  for (int a = 0; a < t.m; ++a) SplitRow(t.x[a], t.k, split.high[a], split.low[a]);
+  const int64_t stride = (t.k + kStep - 1) / kStep * kStep;
+  thread_local ThreadBuffer buffer;
+  auto* part = buffer.Get<uint16_t>(2 * t.m * stride);
+  Split split;
+  for (int a = 0; a < t.m; ++a, part += 2 * stride) {
+    split.high[a] = part;
+    split.low[a] = part + stride;
+    SplitRow(t.x[a], t.k, split.high[a], split.low[a]);
+  }
   switch (t.m) {
     case 1:
       return Sweep<1, 8>(t, split);
